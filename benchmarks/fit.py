@@ -1,0 +1,149 @@
+"""How fast a fit step is beside a plain PEFT LoRA step on the same batches; writes benchmarks/fit.json.
+
+    python benchmarks/fit.py runs/demo --steps 20
+
+RUN is a finished run folder. Both models see the same micro-batches of its corpus, in turn, in one process on the
+CPU. Ours: projection, chunked KL loss, AdamW. Plain: get_peft_model (rank 8, the same linears), cross-entropy with
+the logits at the same scored positions only, AdamW. Medians over the steps. The figure of the run's own fit stage,
+with DeepSpeed and Ray Train around the step, stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+
+import crosslora
+from crosslora.adapter import read_adapter
+from crosslora.config import Config
+from crosslora.models import load_model, resolve
+from crosslora.projection.build import build_transfer
+from crosslora.projection.student import Student
+from crosslora.run_folder import RunFolder
+from crosslora.teacher.corpus import read_corpus
+from crosslora.text.pair import TokenizerPair
+from crosslora.training.batches import Batch, Example, batch_indices, build_examples, collate, micro_batches
+from crosslora.training.loop import use_plain_attention
+from crosslora.training.losses import summed_loss
+
+HERE = Path(__file__).resolve().parent
+WARM_UP = 2
+RANK = 8
+GRADIENT_NORM = 1.0
+PACKAGES = ("torch", "transformers", "peft")
+Loss = Callable[[Batch], torch.Tensor]
+"""Summed loss of a micro-batch."""
+
+
+class Contestant:
+    """A loss and the AdamW that lowers it."""
+
+    def __init__(self, model: torch.nn.Module, loss: Loss, learning_rate: float) -> None:
+        self.loss = loss
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0)
+
+    def seconds(self, examples: list[Example], parts: int) -> float:
+        """One optimizer step, its collation included."""
+        started = time.perf_counter()
+        rows = sum(len(example.targets.student_ids) for example in examples)
+        for part in micro_batches(examples, parts):
+            (self.loss(collate(part)) / rows).backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - started
+
+
+def our_student(config: Config, pair: TokenizerPair) -> tuple[Student, Loss]:
+    adapter = read_adapter(config.adapters[0].path)
+    transfer = build_transfer(adapter, config.source, config.target, pair, config.fit.random_seed)
+    base = load_model(resolve(config.target), config.fit.dtype)
+    student = Student(base, transfer.projection(residual=config.fit.residual))
+    vocabulary = base.get_output_embeddings().weight.shape[0]
+
+    def loss(batch: Batch) -> torch.Tensor:
+        hidden = student(batch.ids).flatten(0, 1)[batch.positions]
+        return summed_loss(hidden, batch.rows, student.logits, vocabulary)
+
+    return student, loss
+
+
+def plain_peft(config: Config, student: Student) -> tuple[torch.nn.Module, Loss]:
+    """LoRA on the linears that the student adapts; `student.logits` is the frozen head, the same for both."""
+    linears = [slot.path for slot in student.projection.slots]
+    settings = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=linears, task_type="CAUSAL_LM")
+    model = get_peft_model(load_model(resolve(config.target), config.fit.dtype), settings).train()
+
+    def loss(batch: Batch) -> torch.Tensor:
+        output = model.get_base_model().base_model(input_ids=batch.ids, use_cache=False)
+        hidden = output.last_hidden_state.flatten(0, 1)[batch.positions]
+        return cross_entropy(student.logits(hidden).float(), batch.rows.student_ids, reduction="sum")
+
+    return model, loss
+
+
+def measure(
+    config: Config, examples: list[Example], pair: TokenizerPair, steps: int
+) -> list[dict[str, float]]:
+    """Tokens/s of both for every step after the warm-up; who goes first changes from step to step."""
+    use_plain_attention(examples)
+    student, our_loss = our_student(config, pair)
+    models = {"crosslora": (student, our_loss), "peft": plain_peft(config, student)}
+    both = {name: Contestant(*model, config.fit.learning_rate) for name, model in models.items()}
+    batches = batch_indices(examples, config.fit.batch_size, config.fit.random_seed)
+    figures = []
+    for step, indices in enumerate(islice(batches, WARM_UP + steps)):
+        batch = [examples[i] for i in indices]
+        tokens = sum(example.length for example in batch)
+        names = list(both) if step % 2 else list(reversed(both))
+        speed = {name: tokens / both[name].seconds(batch, config.fit.micro_batches) for name in names}
+        if step >= WARM_UP:
+            figures.append({"tokens": tokens, **speed})
+            print(f"crosslora {speed['crosslora']:8.1f}  peft {speed['peft']:8.1f} tokens/s", flush=True)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", help="a finished run folder")
+    parser.add_argument("--steps", type=int, default=20)
+    given = parser.parse_args()
+    cpus = len(os.sched_getaffinity(0))
+    torch.set_num_threads(cpus)
+    folder = RunFolder.open(given.run)
+    config = Config.model_validate(folder.read_json("run.json")["config"])
+    name = config.adapters[0].name
+    pair = TokenizerPair.load(config.source, config.target)
+    train, _ = read_corpus(folder, f"synthesize/{name}", f"filter/{name}")
+    figures = measure(config, build_examples(train, pair, config.fit.max_tokens), pair, given.steps)
+    result: dict[str, Any] = {
+        "crosslora": crosslora.__version__,
+        "versions": {d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES},
+        "cpus": cpus,
+        "dtype": config.fit.dtype,
+        "batch": {"samples": config.fit.batch_size, "micro_batches": config.fit.micro_batches},
+        "crosslora_tokens_per_second": statistics.median(f["crosslora"] for f in figures),
+        "peft_tokens_per_second": statistics.median(f["peft"] for f in figures),
+        "ratio": statistics.median(f["crosslora"] / f["peft"] for f in figures),
+        "fit_stage_tokens_per_second": folder.read_json(f"fit/{name}/manifest.json")["tokens_per_second"],
+        "figures": figures,
+    }
+    (HERE / "fit.json").write_text(json.dumps(result, indent=2) + "\n")
+    print("\n" + "\n".join(f"{key:30s} {value}" for key, value in result.items() if key != "figures"))
+
+
+if __name__ == "__main__":
+    main()

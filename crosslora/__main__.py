@@ -1,0 +1,5 @@
+"""`python -m crosslora`: the same as the `crosslora` command."""
+
+from crosslora.cli import main
+
+main()

@@ -1,0 +1,183 @@
+"""The `crosslora` command. Heavy imports happen inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from crosslora import __version__
+from crosslora.errors import UserError
+
+app = typer.Typer(
+    help="Move a LoRA adapter to another base model without its training data.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML configuration, such as examples/snips/demo.yaml.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override, such as -s fit.steps=100."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"crosslora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Exit codes: 0 done, 1 failed, 2 something you can mend (one sentence says what)."""
+
+
+@app.command()
+def transfer(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    redo: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="Make this stage and what follows again.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run all stages: synthesize, filter, fit, export, evaluate. The same command goes on after an interruption."""
+    from crosslora.config import load_config
+    from crosslora.pipeline import transfer as run
+
+    result = run(load_config(config, overrides), redo)
+    if as_json:
+        _print_json(
+            {adapter.name: {"folder": adapter.folder, **adapter.results} for adapter in result.adapters}
+        )
+        return
+    for adapter in result.adapters:
+        print(f"adapter: {adapter.folder}")
+        print(f"report:  {result.run}/evaluate/{adapter.name}/report.md")
+
+
+@app.command()
+def validate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Check a configuration without loading anything."""
+    from crosslora.config import load_config
+
+    load_config(config, overrides)
+    print(f"{config}: valid")
+
+
+@app.command()
+def plan(config: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Show what a transfer will do and need, from headers alone."""
+    from crosslora.config import load_config
+    from crosslora.plan import make_plan
+    from crosslora.plan_table import show
+
+    made = make_plan(load_config(config, overrides))
+    if as_json:
+        _print_json(made.as_dict())
+    else:
+        show(made)
+
+
+@app.command()
+def status(
+    run: Annotated[str, typer.Argument(help="Run folder: a path or URI.")], as_json: Json = False
+) -> None:
+    """Show how far a run is."""
+    from crosslora.run_folder import RunFolder, stage_states
+
+    states = stage_states(RunFolder.open(run))
+    if as_json:
+        _print_json(states)
+        return
+    for stage, state in states.items():
+        print(f"{stage:32} {state}")
+
+
+@app.command()
+def serve(
+    places: Annotated[
+        list[str], typer.Argument(metavar="RUN_OR_ADAPTER...", help="Run or PEFT folders: paths or URIs.")
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="Base model; left out, the one that the adapters name.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to others.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"], typer.Option(help="What the engine computes in.")
+    ] = "bfloat16",
+    max_model_len: Annotated[
+        int | None, typer.Option(min=16, help="Longest prompt and answer, in tokens.  [default: up to 4096]")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of the engine; 0 serves on CPU.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: all]")] = None,
+) -> None:
+    """Serve moved adapters and their base, OpenAI-compatible, until Ctrl-C."""
+    from crosslora.serve import serve as run
+
+    run(
+        places,
+        base=base,
+        host=host,
+        port=port,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        num_gpus=gpus,
+        threads=threads,
+    )
+
+
+@app.command()
+def convert(
+    gguf: Annotated[Path, typer.Argument(help="A GGUF file.")],
+    folder: Annotated[Path, typer.Argument(help="Where the Hugging Face folder is written.")],
+) -> None:
+    """Turn a GGUF model into a local Hugging Face folder."""
+    from crosslora.gguf import convert as run
+
+    run(gguf, folder)
+    print(f"{folder}: ready")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno is None:  # pyarrow's, from an object store
+            _fail(f"run folder: {str(error).splitlines()[0]}; check its name, the network and your access")
+        if error.errno != errno.ENOSPC:
+            raise
+        _fail(
+            f"disk full while writing {error.filename or 'the run folder'}; free some space and run the same command again"
+        )
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

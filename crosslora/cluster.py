@@ -1,0 +1,110 @@
+"""Ray: joined or started in this process, and what a stage needs of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from crosslora.config import Cluster
+from crosslora.errors import UserError
+
+OBJECT_STORE_BYTES = 512 << 20
+"""Enough for a shard in flight; Ray's own default takes a third of the memory."""
+_started_here = False
+"""Whether the cluster lives in this process: then it never gets more nodes."""
+
+
+@contextmanager
+def session(settings: Cluster) -> Iterator[None]:
+    """Connect to the cluster that the configuration names; start one here where it names none, and stop it after."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+    }
+    if address is None:
+        options |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        # Ray hands this to a shell as it is, and its own default is not quoted: a space in it would end the path.
+        options |= {"runtime_env": {"py_executable": shlex.quote(sys.executable)}}
+    else:
+        options |= {"address": address}
+    try:
+        ray.init(**options)
+    except ConnectionError as error:
+        raise UserError(
+            f"cluster.address: no Ray cluster answers at {address!r}; start one with `ray start --head`, "
+            "or leave it out to start one in this process"
+        ) from error
+    global _started_here
+    _started_here = address is None
+    try:
+        yield
+    finally:
+        _started_here = False
+        ray.shutdown()
+
+
+def cpus_per_share(shares: int) -> int:
+    """CPUs of each of `shares` equal parts of the largest node, at least 1."""
+    import ray
+
+    largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
+    return max(int(largest) // shares, 1)
+
+
+def require(needed: dict[str, float], stage: str, wait_seconds: float) -> None:
+    """Wait until the cluster holds `needed` (CPU, GPU); raises UserError that says needed against available."""
+    import ray
+
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        there = ray.cluster_resources()
+        missing = {name: amount for name, amount in needed.items() if there.get(name, 0) < amount}
+        if not missing:
+            return
+        if time.monotonic() > deadline or _started_here:
+            have = {name: there.get(name, 0) for name in missing}
+            raise UserError(
+                f"cluster: {stage} needs {_amounts(missing)}, the Ray cluster has {_amounts(have)}; "
+                "add nodes, or ask for less (synthesis.engines, fit.workers, cluster.gpus_per_*)"
+            )
+        time.sleep(2)
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+
+
+class Board:
+    """An actor on which workers write what happens and from which the driver reads it."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+
+    def add(self, event: dict[str, Any]) -> None:
+        self._events.append(event)
+
+    def take(self) -> list[dict[str, Any]]:
+        events, self._events = self._events, []
+        return events
+
+
+def board() -> Any:
+    """A new board; kill it when the stage ends."""
+    import ray
+
+    return ray.remote(Board).options(num_cpus=0).remote()

@@ -1,0 +1,49 @@
+"""Answers from any OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+
+from openai import AsyncOpenAI
+
+from crosslora.evaluation.tasks import Answer, Item
+from crosslora.progress import Meter, progress
+from crosslora.text.templates import ChatFormat
+
+
+def ask(
+    url: str, model: str, items: list[Item], chat: ChatFormat, max_tokens: int, concurrency: int
+) -> list[Answer]:
+    """Greedy answers, in order. Prompts travel as token ids, so that the endpoint cannot add or lose a BOS."""
+
+    async def run() -> list[Answer]:
+        gate = asyncio.Semaphore(concurrency)
+        with progress(f"evaluate {model}", len(items), "answers") as meter:
+            async with AsyncOpenAI(base_url=url, api_key="none", timeout=600) as client:
+                return await asyncio.gather(
+                    *(_answer(client, model, item, chat, max_tokens, gate, meter) for item in items)
+                )
+
+    return asyncio.run(run())
+
+
+async def _answer(
+    client: AsyncOpenAI,
+    model: str,
+    item: Item,
+    chat: ChatFormat,
+    max_tokens: int,
+    gate: asyncio.Semaphore,
+    meter: Meter,
+) -> Answer:
+    async with gate:
+        completion = await client.completions.create(
+            model=model,
+            prompt=chat.prompt_ids(item.prompt),
+            max_tokens=max_tokens,
+            temperature=0,
+            extra_body={"stop_token_ids": sorted(chat.stop_ids)},
+        )
+    meter.advance(1)
+    choice = completion.choices[0]
+    return Answer(choice.text, choice.finish_reason == "stop")

@@ -1,0 +1,70 @@
+"""Tasks: prompts with reference answers, and how an answer is scored."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+
+from crosslora.config import Task
+from crosslora.errors import UserError
+from crosslora.evaluation.metrics import exact_match, json_field, json_slots, rouge_l
+
+
+@dataclass(frozen=True)
+class Item:
+    prompt: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The whole output of a model; `ended` where it stopped by itself."""
+
+    text: str
+    ended: bool
+
+
+def read_items(task: Task) -> list[Item]:
+    """Raises UserError that names the line."""
+    items = []
+    try:
+        lines = task.path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"evaluation.tasks: {task.path} cannot be read ({error}); give a JSON-lines file"
+        ) from error
+    for number, line in enumerate(lines[: task.items], 1):  # not splitlines(): JSON may hold U+2028
+        try:
+            row = json.loads(line)
+            items.append(Item(str(row["prompt"]), _text(row["completion"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"evaluation.tasks: {task.path} line {number} is no object with prompt and completion; mend the line"
+            ) from error
+    if not items:
+        raise UserError(f"evaluation.tasks: {task.path} is empty; give at least one line")
+    for metric in task.metrics:  # a metric refuses a reference that it cannot read: before hours of work
+        for item in items:
+            _one(metric, "", item.reference)
+    return items
+
+
+def _text(completion: object) -> str:
+    """Objects and lists stand for their JSON."""
+    return completion if isinstance(completion, str) else json.dumps(completion, ensure_ascii=False)
+
+
+def score(metric: str, answers: list[Answer], items: list[Item]) -> np.ndarray:
+    """Score of each answer, float [n]; an answer that did not end by itself scores 0."""
+    values = [
+        _one(metric, a.text, i.reference) if a.ended else 0.0 for a, i in zip(answers, items, strict=True)
+    ]
+    return np.array(values, dtype=float)
+
+
+def _one(metric: str, text: str, reference: str) -> float:
+    if metric.startswith("json_field:"):
+        return json_field(text, reference, metric.removeprefix("json_field:"))
+    return {"exact_match": exact_match, "json_slots": json_slots, "rouge_l": rouge_l}[metric](text, reference)

@@ -1,0 +1,125 @@
+"""Loading bases: a hub id, a local folder, or a GGUF file (converted once into a folder)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from crosslora.config import Base
+from crosslora.errors import UserError
+from crosslora.text.templates import ChatFormat
+
+EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+
+
+def cache_folder() -> Path:
+    """Where converted GGUF files are kept."""
+    return Path(os.environ.get("CROSSLORA_CACHE", Path.home() / ".cache" / "crosslora"))
+
+
+def resolve(base: Base) -> str:
+    """What transformers and vLLM are given: a folder. Raises UserError where there is none."""
+    path = Path(base.base)
+    if path.is_file() and path.suffix == ".gguf":
+        from crosslora.gguf import convert
+
+        folder = cache_folder() / "gguf" / f"{path.stem}-{path.stat().st_size}-{int(path.stat().st_mtime)}"
+        convert(path, folder)
+        return str(folder)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"base: {path} holds no config.json; give the folder of a transformers model")
+        return str(path)
+    if path.exists() or path.is_absolute() or base.base.startswith(".") or base.base.count("/") != 1:
+        raise UserError(f"base: {base.base} does not exist; give a hub id, a model folder or a GGUF file")
+    return _download(base)
+
+
+def _download(base: Base) -> str:
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    try:
+        return snapshot_download(base.base, revision=base.revision, allow_patterns=patterns)
+    except Exception as error:  # the hub client raises a different class for every cause
+        raise UserError(
+            f"base: {base.base} is no local folder and could not be fetched from the hub "
+            f"({type(error).__name__}); check the name, the network and your access"
+        ) from error
+
+
+def load_config(folder: str) -> PretrainedConfig:
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"base: {folder}/config.json is not usable ({str(error).splitlines()[0]})") from error
+    return config
+
+
+def load_format(folder: str, base: Base) -> ChatFormat:
+    """Tokenizer and chat template of a base, as the configuration sets them."""
+    return ChatFormat(load_tokenizer(folder), base.chat_template)
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"base: the tokenizer in {folder} cannot be loaded ({reason}); save it there"
+        ) from error
+    return tokenizer
+
+
+def load_model(folder: str, dtype: str) -> PreTrainedModel:
+    """The frozen causal LM, in evaluation mode."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def base_digest(folder: str) -> str:
+    """sha256 over configuration, tokenizer, and the weights' headers and first and last megabyte.
+
+    Reading 140 GB to the last byte would take longer than many a stage; two bases that share all of this differ
+    in nothing that training changes.
+    """
+    sha = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix == ".safetensors":
+            _add_ends(sha, path)
+        elif path.name in ("config.json", "tokenizer.json", "generation_config.json"):
+            sha.update(path.read_bytes())
+    return sha.hexdigest()
+
+
+def _add_ends(sha: hashlib._Hash, path: Path, size: int = 1 << 20) -> None:
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        sha.update(file.read(header + size))
+        file.seek(max(path.stat().st_size - size, 0))
+        sha.update(file.read())
+
+
+def embedding_rows(folder: str, ids: torch.Tensor) -> torch.Tensor:
+    """Input embeddings [n, hidden] of `ids` in float32, read without loading the rest of the model."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if name.endswith(EMBEDDING_NAMES):
+                    return tensors.get_tensor(name)[ids].float()
+    raise UserError(
+        f"base: {folder} has no safetensors file with an embedding table; convert it with save_pretrained"
+    )

@@ -1,0 +1,187 @@
+"""The whole run on one page: plan, synthesize, filter, fit, export, evaluate.
+
+Every stage is a pure function of its inputs and keeps its results in the run folder under a digest of them. Done
+work is never done again; a run that was killed goes on with the same command.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from crosslora import cluster
+from crosslora.adapter import Adapter, read_adapter
+from crosslora.config import AdapterSource, Config
+from crosslora.errors import UserError
+from crosslora.evaluation.evaluate import evaluate
+from crosslora.evaluation.tasks import read_items
+from crosslora.export import export
+from crosslora.identity import prompt_identity, source_identity, target_identity, task_identity
+from crosslora.plan import make_plan
+from crosslora.progress import say
+from crosslora.run_folder import STAGES, RunFolder, Stage, digest
+from crosslora.serving import free_port
+from crosslora.teacher.corpus import read_samples, write_verdicts
+from crosslora.teacher.filters import KEPT, count_by_verdict, verdicts
+from crosslora.teacher.prompts import read_prompts
+from crosslora.teacher.synthesize import synthesize
+from crosslora.training.fit import fit
+from crosslora.vllm_settings import lora_options
+
+GENERATION = {
+    "prompts",
+    "samples",
+    "minutes",
+    "top_k",
+    "prompt_temperature",
+    "response_temperature",
+    "max_prompt_tokens",
+    "max_response_tokens",
+    "engine",
+    "dtype",
+    "shard_size",
+    "random_seed",
+}
+FILTERS = {"min_adapter_effect", "max_similarity", "held_out", "min_kept", "random_seed"}
+
+
+@dataclass(frozen=True)
+class TransferredAdapter:
+    """One adapter on the target base."""
+
+    name: str
+    folder: str
+    """An ordinary PEFT folder: a path or, where the run is one, a URI."""
+    results: dict[str, Any]
+    """What results.json holds."""
+
+
+@dataclass(frozen=True)
+class TransferResult:
+    run: str
+    adapters: list[TransferredAdapter]
+
+
+def transfer(config: Config, redo: str | None = None) -> TransferResult:
+    """Move every adapter of the configuration to the target base.
+
+    `redo` names a stage whose results, and those of the stages after it, are made again. Raises UserError for what
+    the user can mend; finished stages are kept.
+    """
+    if redo is not None and redo not in STAGES:
+        raise UserError(f"--redo {redo}: no such stage; one of {', '.join(STAGES)}")
+    folder = RunFolder.open(config.run)
+    with folder.writing():
+        check_inputs(config)
+        plan = make_plan(config)
+        if redo is not None:  # after all checks: what is refused loses nothing
+            _forget(folder, redo)
+        folder.write_json("run.json", {"config": config.model_dump(mode="json")})
+        folder.write_json("plan.json", plan.as_dict())
+        for warning in plan.warnings:
+            say(f"[yellow]warning:[/yellow] {warning}")
+        with cluster.session(config.cluster):
+            moved = [_transfer_one(config, source, folder) for source in config.adapters]
+    return TransferResult(config.run, moved)
+
+
+def check_inputs(config: Config) -> None:
+    """What a late stage would stumble over, said before the first one starts. Raises UserError."""
+    for task in config.evaluation.tasks:
+        read_items(task)
+    prompts = config.synthesis.prompts
+    for path, field in ((prompts.seeds_file, "seeds_file"), (prompts.prompts_file, "prompts_file")):
+        if path is not None:
+            read_prompts(path, field)
+    free_port("127.0.0.1", config.evaluation.port)
+    for adapter in config.adapters:
+        read_adapter(adapter.path)
+    lora_options([adapter.path for adapter in config.adapters])  # evaluation serves them with vLLM
+
+
+def _transfer_one(config: Config, source: AdapterSource, folder: RunFolder) -> TransferredAdapter:
+    name = source.name
+    adapter = read_adapter(source.path)
+    say(f"[bold]{name}[/bold]")
+    corpus, filtered = _corpus(config, adapter, folder, name)
+    fitted = folder.stage(f"fit/{name}", _fit_inputs(config, adapter, filtered))
+    _once(fitted, lambda: fit(config, source.path, (corpus.name, filtered.name), fitted))
+    exported = folder.stage(f"export/{name}", {"fit": fitted.manifest(), "base": config.target.base})
+    _once(exported, lambda: export(config, adapter, fitted, exported, filtered.manifest()))
+    evaluated = folder.stage(f"evaluate/{name}", _evaluation_inputs(config, exported))
+    parts, kl = (corpus.name, filtered.name), fitted.manifest()["held_out_kl"]
+    _once(evaluated, lambda: evaluate(config, adapter, parts, exported, kl, evaluated))
+    return TransferredAdapter(
+        name, f"{folder.uri.rstrip('/')}/{exported.name}", folder.read_json(f"{evaluated.name}/results.json")
+    )
+
+
+def _corpus(config: Config, adapter: Adapter, folder: RunFolder, name: str) -> tuple[Stage, Stage]:
+    settings = config.synthesis.model_dump(mode="json")
+    teacher = source_identity(config.source, adapter)
+    corpus = folder.stage(
+        f"synthesize/{name}",
+        {
+            "teacher": teacher,
+            "synthesis": {key: settings[key] for key in sorted(GENERATION)},
+            "prompt_files": prompt_identity(config.synthesis.prompts),
+        },
+    )
+    _once(corpus, lambda: synthesize(config, adapter.path, corpus))
+    filtered = folder.stage(
+        f"filter/{name}",
+        {"corpus": corpus.digest, "filters": {key: settings[key] for key in sorted(FILTERS)}},
+    )
+    _once(filtered, lambda: filter_corpus(config, corpus, filtered))
+    counts = filtered.manifest()["counts"]
+    say("  samples: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    return corpus, filtered
+
+
+def filter_corpus(config: Config, corpus: Stage, filtered: Stage) -> dict[str, Any]:
+    """One verdict per sample; raises UserError where too few are kept. The samples stay as they are."""
+    samples = read_samples(corpus.folder, corpus.name)
+    rows = verdicts(samples, config.synthesis)
+    counts = count_by_verdict(rows)
+    kept = counts.get(KEPT, 0)
+    if kept < config.synthesis.min_kept:
+        removed = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if verdict != KEPT)
+        raise UserError(
+            f"filter: {kept} of {config.synthesis.samples} samples were kept, synthesis.min_kept asks for "
+            f"{config.synthesis.min_kept} (removed: {removed or 'none; the teacher wrote no prompts'}); raise "
+            "synthesis.samples, give seed examples or prompts, or loosen the filter"
+        )
+    write_verdicts(filtered.folder, filtered.name, rows)
+    return filtered.finish({"counts": counts, "verdicts": digest(rows)})
+
+
+def _fit_inputs(config: Config, adapter: Adapter, filtered: Stage) -> dict[str, Any]:
+    return {
+        "corpus": filtered.manifest(),
+        "adapter": adapter.digest,
+        "target": target_identity(config.target),
+        "fit": config.fit.model_dump(mode="json", exclude={"max_failures"}),
+    }
+
+
+def _evaluation_inputs(config: Config, exported: Stage) -> dict[str, Any]:
+    settings = config.evaluation.model_dump(mode="json", exclude={"port", "concurrency"})
+    return {
+        "adapter": exported.manifest(),
+        "evaluation": settings,
+        "tasks": [task_identity(task) for task in config.evaluation.tasks],
+    }
+
+
+def _once(stage: Stage, work: Any) -> None:
+    if stage.done:
+        say(f"  {stage.name}: done before")
+        return
+    stage.event("start")
+    work()
+    stage.event("done")
+
+
+def _forget(folder: RunFolder, redo: str) -> None:
+    for stage in STAGES[STAGES.index(redo) :]:
+        folder.remove(stage)

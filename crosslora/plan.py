@@ -1,0 +1,207 @@
+"""What a transfer will do and need, from configurations and adapter headers alone: no weights are read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import PurePath
+from typing import Any
+
+import torch
+
+from crosslora.adapter_header import AdapterHeader, read_header
+from crosslora.config import AdapterSource, Config
+from crosslora.errors import UserError
+from crosslora.models import load_config, resolve
+from crosslora.projection.mapping import check_shape, layer_map
+from crosslora.text.pair import TokenizerPair
+from crosslora.topology import READS, SPACES, WRITES, Topology, discover, meta_model
+from crosslora.training.losses import LOGITS_BYTES
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class SpacePlan:
+    """One space: its widths on both sides and the most that the factors in it can span."""
+
+    source_width: int
+    target_width: int
+    input_span: int
+    output_span: int
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    name: str
+    rank: int
+    modules: int
+    roles: list[str]
+    """What the adapter changes inside a layer."""
+    target_modules: int
+    spaces: dict[str, SpacePlan]
+    learned_numbers: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    layer_map: list[int]
+    """Source layer of each target layer."""
+    unused_source_layers: list[int]
+    unmapped_modules: list[str]
+    """Linears of the target that fit no role and get no update."""
+    shared_tokens: int
+    teacher_vocabulary: int
+    student_vocabulary: int
+    corpus_megabytes: float
+    memory_gigabytes: dict[str, float]
+    adapters: list[AdapterPlan]
+    warnings: list[str]
+    """What looks wrong and is not refused."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(config: Config) -> Plan:
+    """Raises UserError for a missing model, an adapter of another base, tokenizers that lose text, too little memory."""
+    source_config, target_config = load_config(resolve(config.source)), load_config(resolve(config.target))
+    source, target = discover(source_config), discover(target_config)
+    adapters = [_adapter_plan(adapter, source, target, config) for adapter in config.adapters]
+    pair = TokenizerPair.load(config.source, config.target)
+    pi = layer_map(source.num_layers, target.num_layers)
+    plan = Plan(
+        layer_map=pi,
+        unused_source_layers=sorted(set(range(source.num_layers)) - set(pi)),
+        unmapped_modules=list(target.unknown),
+        shared_tokens=int((pair.table >= 0).sum()),
+        teacher_vocabulary=len(pair.teacher_words.token_bytes),
+        student_vocabulary=len(pair.student_words.token_bytes),
+        corpus_megabytes=_corpus_megabytes(config),
+        memory_gigabytes=_memory(config, source_config, target_config, adapters),
+        adapters=adapters,
+        warnings=[warning for adapter in config.adapters if (warning := _other_name(adapter, config))],
+    )
+    _check_memory(plan, config)
+    return plan
+
+
+def _other_name(adapter: AdapterSource, config: Config) -> str | None:
+    """Folders and hub ids that end alike are taken for the same base."""
+    trained_on = read_header(adapter.path).base_model_name_or_path
+    if not trained_on or PurePath(trained_on).name.lower() == PurePath(config.source.base).name.lower():
+        return None
+    return (
+        f"adapters.{adapter.name} says that it was trained on {trained_on}, source.base is {config.source.base}: "
+        "its shapes fit, but in a base with other weights it does something else"
+    )
+
+
+def _adapter_plan(adapter: AdapterSource, source: Topology, target: Topology, config: Config) -> AdapterPlan:
+    header = read_header(adapter.path)
+    linears = source.by_path()
+    roles: set[str] = set()
+    for path, shape in header.modules.items():
+        if path not in linears:
+            raise UserError(
+                f"adapters.{adapter.name}: {path} is no linear of {config.source.base}; give its own base"
+            )
+        check_shape(path, linears[path], (shape.d_out, shape.d_in))
+        roles.update(linears[path].roles)
+    mapped = [linear for linear in target.linears if roles & set(linear.roles)]
+    spaces = _spaces(header, source, target, roles)
+    learned = sum(space.target_width * (space.input_span + space.output_span) for space in spaces.values())
+    if config.fit.residual:
+        rank = max(shape.rank for shape in header.modules.values())
+        learned += sum(rank * (linear.d_in + linear.d_out) for linear in mapped)
+    return AdapterPlan(
+        name=adapter.name,
+        rank=max(shape.rank for shape in header.modules.values()),
+        modules=len(header.modules),
+        roles=sorted(roles),
+        target_modules=len(mapped),
+        spaces=spaces,
+        learned_numbers=learned,
+    )
+
+
+def _spaces(
+    header: AdapterHeader, source: Topology, target: Topology, roles: set[str]
+) -> dict[str, SpacePlan]:
+    """Span ranks: the ranks stacked over the target's layers and modules, at most the source's width."""
+    rank = max(shape.rank for shape in header.modules.values())
+    stacked = rank * len(set(layer_map(source.num_layers, target.num_layers)))
+    inputs = {space: sum(READS[role] == space for role in roles) for space in SPACES}
+    outputs = {space: sum(WRITES[role] == space for role in roles) for space in SPACES}
+    return {
+        space: SpacePlan(
+            source.widths[space],
+            target.widths[space],
+            min(source.widths[space], stacked * inputs[space]),
+            min(source.widths[space], stacked * outputs[space]),
+        )
+        for space in SPACES
+        if inputs[space] or outputs[space]
+    }
+
+
+def _corpus_megabytes(config: Config) -> float:
+    """Upper bound: every response as long as allowed; ids and logprobs of k + 1 alternatives, two more logprobs."""
+    s = config.synthesis
+    per_token = 8 * (s.top_k + 1) + 12
+    return round(s.samples * s.max_response_tokens * per_token / 1e6, 1)
+
+
+def _memory(config: Config, source: Any, target: Any, adapters: list[AdapterPlan]) -> dict[str, float]:
+    """Per engine and per fit worker, in GB: weights, then what runs beside them."""
+    weights_s = _parameters(source) * BYTES[config.synthesis.dtype]
+    weights_t = _parameters(target) * BYTES[config.fit.dtype]
+    fit = config.fit
+    sharded = fit.workers if fit.zero_stage == 3 else 1
+    text = target.get_text_config()
+    tokens = fit.batch_size // fit.workers // fit.micro_batches * min(fit.max_tokens, 256)
+    # per token and layer: about 20 vectors of the residual width stay for the backward pass, 2 when recomputed
+    kept = 2 if fit.gradient_checkpointing else 20
+    activations = tokens * text.num_hidden_layers * kept * text.hidden_size * BYTES[fit.dtype]
+    learned = 16 * max(adapter.learned_numbers for adapter in adapters)  # value, gradient, two moments
+    runtime = 1.5e9
+    return {
+        "synthesize, per engine": round(
+            (weights_s / config.synthesis.tensor_parallel + 1e9 + runtime) / 1e9, 2
+        ),
+        "fit, per worker": round(
+            (weights_t / sharded + activations + learned + 2 * LOGITS_BYTES + runtime) / 1e9, 2
+        ),
+        "evaluate": round((max(weights_s, weights_t) + 1e9 + runtime) / 1e9, 2),
+    }
+
+
+def _parameters(config: Any) -> int:
+    return sum(p.numel() for p in {id(p): p for p in meta_model(config).parameters()}.values())
+
+
+def _check_memory(plan: Plan, config: Config) -> None:
+    """On one machine without a GPU its memory is the limit; elsewhere what runs there finds out."""
+    if torch.cuda.is_available() or config.cluster.address or os.environ.get("RAY_ADDRESS"):
+        return
+    available = _memory_available()
+    wanted = max(
+        plan.memory_gigabytes["synthesize, per engine"] * config.synthesis.engines,
+        plan.memory_gigabytes["fit, per worker"] * config.fit.workers,
+        plan.memory_gigabytes["evaluate"],
+    )
+    if available is not None and wanted > available:
+        raise UserError(
+            f"memory: about {wanted:.1f} GB are needed at a time, {available:.1f} GB are free; lower "
+            "synthesis.engines, fit.workers or fit.batch_size, or use a bigger machine"
+        )
+
+
+def _memory_available() -> float | None:
+    """GB that could be allocated now; None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            values = dict(line.split(":") for line in lines)
+    except OSError:
+        return None
+    return int(values["MemAvailable"].split()[0]) * 1024 / 1e9

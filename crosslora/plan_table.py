@@ -1,0 +1,41 @@
+"""The plan as a person reads it."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from crosslora.plan import AdapterPlan, Plan
+
+
+def show(plan: Plan) -> None:
+    console = Console(highlight=False)
+    console.print(f"Layers: {len(plan.layer_map)} target layers take source layers {plan.layer_map}")
+    console.print(f"Unused source layers: {plan.unused_source_layers or 'none'}")
+    if plan.unmapped_modules:
+        console.print(f"Target linears without a role, left as they are: {', '.join(plan.unmapped_modules)}")
+    console.print(
+        f"Vocabulary: {plan.shared_tokens:,} tokens with the same bytes, of {plan.teacher_vocabulary:,} (source) "
+        f"and {plan.student_vocabulary:,} (target)"
+    )
+    console.print(f"Corpus: at most {plan.corpus_megabytes:g} MB")
+    memory = ", ".join(f"{stage} {amount:g} GB" for stage, amount in plan.memory_gigabytes.items())
+    console.print(f"Memory: about {memory}")
+    for warning in plan.warnings:
+        console.print(f"[yellow]Warning:[/yellow] {warning}")
+    for adapter in plan.adapters:
+        console.print(_table(adapter))
+
+
+def _table(adapter: AdapterPlan) -> Table:
+    title = (
+        f"{adapter.name}: rank {adapter.rank}, {adapter.modules} source and {adapter.target_modules} target modules, "
+        f"{adapter.learned_numbers:,} learned numbers"
+    )
+    table = Table(title=title, title_justify="left")
+    for column in ("space", "source width", "target width", "input span", "output span"):
+        table.add_column(column, justify="left" if column == "space" else "right")
+    for name, space in adapter.spaces.items():
+        values = (space.source_width, space.target_width, space.input_span, space.output_span)
+        table.add_row(name, *(str(value) for value in values))
+    return table

@@ -1,0 +1,65 @@
+"""The student: a frozen target base whose linears read the projection's factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from crosslora.projection.projection import Factors, Projection
+
+
+class Student(nn.Module):
+    """Target base + transferred adapter.
+
+    The factors are computed once per forward by `projection` and read by hooks on the adapted linears. The linears
+    own no parameter of ours, which keeps ZeRO-3 simple: it gathers and frees the base's weights as it always does.
+    """
+
+    def __init__(self, base: PreTrainedModel, projection: Projection) -> None:
+        super().__init__()
+        self.base = base
+        self.projection = projection
+        self._factors: Factors = {}
+        self._dtype = base.dtype
+        for slot in projection.slots:
+            base.get_submodule(slot.path).register_forward_hook(self._adapt(slot.path))
+
+    def _adapt(self, path: str) -> Any:
+        def add_update(
+            module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+        ) -> torch.Tensor:
+            if not self._factors:
+                return output
+            A, B = self._factors[path]  # [r, d_in], [d_out, r]
+            return output + nn.functional.linear(nn.functional.linear(inputs[0], A), B)
+
+        return add_update
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [B, T, hidden].
+
+        Rows are padded on the right: under a causal mask no real token sees the padding, so no mask is needed.
+        """
+        self._factors = {
+            path: (A.to(self._dtype), B.to(self._dtype)) for path, (A, B) in self.projection().items()
+        }
+        output = self.base.base_model(input_ids=ids_BT, use_cache=False)
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Logits [N, vocabulary] of hidden states [N, hidden], as the base's own forward computes them."""
+        head = self.base.get_output_embeddings()
+        logits: torch.Tensor = head(hidden_ND)
+        config = self.base.config.get_text_config()
+        scale = getattr(config, "logit_scale", None)
+        if scale is not None:
+            logits = logits * scale
+        divisor = getattr(config, "logits_scaling", None)
+        if divisor is not None:
+            logits = logits / divisor
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -1,0 +1,227 @@
+"""The run folder: one writer, write-once files, manifests last, every stage keyed by a digest of its inputs.
+
+A run folder is a local path or any URI that pyarrow.fs opens. Object stores cannot rename, so nothing here does:
+a stage counts as done only when its `manifest.json`, written last, is there and its inputs are the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs as arrow_fs
+
+from crosslora.errors import UserError
+
+STAGES = ("synthesize", "filter", "fit", "export", "evaluate")
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON-like value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Files of one run, addressed by names relative to `root`."""
+
+    uri: str
+    filesystem: arrow_fs.FileSystem
+    root: str
+
+    @classmethod
+    def open(cls, uri: str) -> RunFolder:
+        try:
+            if "://" in uri:
+                filesystem, root = arrow_fs.FileSystem.from_uri(uri)
+            else:
+                filesystem, root = arrow_fs.LocalFileSystem(), str(Path(uri).absolute())
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"run: {uri!r} cannot be opened ({error}); give a local path or a URI such as s3://"
+            ) from error
+        return cls(uri, filesystem, root)
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    @property
+    def local_root(self) -> Path | None:
+        """The folder itself where it is local, else None."""
+        return Path(self.root) if isinstance(self.filesystem, arrow_fs.LocalFileSystem) else None
+
+    def exists(self, name: str) -> bool:
+        return self.filesystem.get_file_info(self.path(name)).type != arrow_fs.FileType.NotFound
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        self.filesystem.create_dir(os.path.dirname(self.path(name)), recursive=True)
+        with self.filesystem.open_output_stream(self.path(name)) as stream:
+            stream.write(content)
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.filesystem.open_input_stream(self.path(name)) as stream:
+            return bytes(stream.read())
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def read_json(self, name: str) -> Any:
+        try:
+            return json.loads(self.read_bytes(name))
+        except ValueError as error:
+            raise UserError(f"{self.path(name)}: damaged ({error}); delete it and run again") from error
+
+    def remove(self, name: str) -> None:
+        if self.exists(name):
+            self.filesystem.delete_dir(self.path(name))
+
+    def stage(self, name: str, inputs: dict[str, Any]) -> Stage:
+        """The folder of one stage; refuses to mix with a former run of it that had other inputs."""
+        stage = Stage(self, name, inputs)
+        if self.exists(f"{name}/inputs.json"):
+            former = self.read_json(f"{name}/inputs.json")
+            if digest(former) != digest(inputs):
+                changes = "; ".join(differences(former, inputs))
+                raise UserError(
+                    f"{self.path(name)}: was made from other inputs ({changes}); add --redo {name.split('/')[0]} "
+                    "to make it and what follows again, or name another run folder"
+                )
+        else:
+            self.write_json(f"{name}/inputs.json", inputs)
+        return stage
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the lock: one run, one writer."""
+        self._lock()
+        try:
+            yield
+        finally:
+            self.filesystem.delete_file(self.path("lock.json"))
+
+    def _lock(self) -> None:
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+        try:
+            if self.filesystem.get_file_info(self.root).type == arrow_fs.FileType.File:
+                raise NotADirectoryError(errno.ENOTDIR, "it is a file")
+            self.filesystem.create_dir(self.root, recursive=True)
+            self._create_lock(json.dumps(owner).encode())
+        except FileExistsError:
+            self._take_over(owner)
+        except (PermissionError, NotADirectoryError) as error:
+            raise UserError(
+                f"run: {self.uri} is not writable ({error.strerror}); name another folder"
+            ) from error
+
+    def _take_over(self, owner: dict[str, Any]) -> None:
+        """Replace the lock of a process that is gone; raises UserError where it lives."""
+        holder = self.read_json("lock.json")
+        if not _is_gone(holder):
+            raise UserError(
+                f"run: {self.uri} is in use by process {holder.get('pid')} on {holder.get('host')}; wait for it, "
+                "stop it, or name another run folder"
+            )
+        self.write_json("lock.json", owner)
+
+    def _create_lock(self, content: bytes) -> None:
+        local = self.local_root
+        if local is None:  # no exclusive create on object stores: best effort
+            if self.exists("lock.json"):
+                raise FileExistsError
+            self.write_bytes("lock.json", content)
+            return
+        descriptor = os.open(local / "lock.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of one run: `inputs.json` first, `manifest.json` last."""
+
+    folder: RunFolder
+    name: str
+    inputs: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return digest(self.inputs)
+
+    @property
+    def done(self) -> bool:
+        return self.folder.exists(f"{self.name}/manifest.json")
+
+    def manifest(self) -> dict[str, Any]:
+        manifest: dict[str, Any] = self.folder.read_json(f"{self.name}/manifest.json")
+        return manifest
+
+    def finish(self, outputs: dict[str, Any]) -> dict[str, Any]:
+        manifest = {"inputs_digest": self.digest, **outputs}
+        self.folder.write_json(f"{self.name}/manifest.json", manifest)
+        return manifest
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Append a line to the stage's events.jsonl (a file per event where the store cannot append)."""
+        line = (
+            json.dumps({"time": round(time.time(), 3), "stage": self.name, "event": event, **fields}) + "\n"
+        )
+        local = self.folder.local_root
+        if local is None:
+            self.folder.write_bytes(f"{self.name}/events/{time.time_ns()}.jsonl", line.encode())
+            return
+        with open(local / self.name / "events.jsonl", "a", encoding="utf-8") as file:
+            file.write(line)
+
+
+def differences(former: Any, now: Any, place: str = "") -> list[str]:
+    """Leaves in which two JSON-like values differ, as `place: former -> now`."""
+    if isinstance(former, dict) and isinstance(now, dict):
+        keys = sorted(former.keys() | now.keys())
+        return [
+            change
+            for key in keys
+            for change in differences(former.get(key), now.get(key), f"{place}.{key}" if place else key)
+        ]
+    return [] if former == now else [f"{place}: {_short(former)} -> {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process started (clock ticks since boot), so that a reused pid is not taken for the holder."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+
+
+def _is_gone(holder: dict[str, Any]) -> bool:
+    return holder.get("host") == socket.gethostname() and _process_start(holder["pid"]) != holder["started"]
+
+
+def stage_states(folder: RunFolder) -> dict[str, str]:
+    """Every stage of every adapter of a run: done, started, or not started."""
+    if not folder.exists("run.json"):
+        raise UserError(
+            f"run: {folder.uri} is no run folder (it has no run.json); give the `run` of a configuration"
+        )
+    names = [adapter["name"] for adapter in folder.read_json("run.json")["config"]["adapters"]]
+    return {f"{stage}/{name}": _state(folder, f"{stage}/{name}") for name in names for stage in STAGES}
+
+
+def _state(folder: RunFolder, stage: str) -> str:
+    if folder.exists(f"{stage}/manifest.json"):
+        return "done"
+    return "started" if folder.exists(f"{stage}/inputs.json") else "not started"

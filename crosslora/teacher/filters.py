@@ -1,0 +1,74 @@
+"""What makes a synthetic sample worth training on; every sample gets one verdict, the first reason that applies."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasketch import MinHash, MinHashLSH
+
+from crosslora.config import Synthesis
+from crosslora.teacher.corpus import Sample
+
+KEPT = "kept"
+MOST_COMPRESSION = 8.0
+"""Text that zlib shrinks more than this is one phrase over and over."""
+PERMUTATIONS = 64
+
+
+def verdicts(samples: Sequence[Sample], settings: Synthesis) -> list[dict[str, Any]]:
+    """One row per sample: sample_id, verdict, held_out (only ever true for kept samples)."""
+    duplicates = _NearDuplicates(settings.max_similarity)
+    rows = [
+        {"sample_id": s.sample_id, "verdict": _verdict(s, settings, duplicates), "held_out": False}
+        for s in samples
+    ]
+    kept = [row for row in rows if row["verdict"] == KEPT]
+    if kept:
+        chooser = np.random.default_rng(settings.random_seed)
+        for index in chooser.permutation(len(kept))[: max(round(len(kept) * settings.held_out), 1)]:
+            kept[index]["held_out"] = True
+    return rows
+
+
+def count_by_verdict(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    return dict(Counter(row["verdict"] for row in rows).most_common())
+
+
+def _verdict(sample: Sample, settings: Synthesis, duplicates: _NearDuplicates) -> str:
+    if not sample.finished:
+        return "unfinished"
+    if sample.response is None:
+        return "undecodable"
+    if not sample.response.strip():
+        return "empty"
+    if _is_degenerate(sample.response) or _is_degenerate(sample.prompt):
+        return "degenerate"
+    if sample.adapter_effect < settings.min_adapter_effect:
+        return "adapter_effect"
+    return "near_duplicate" if duplicates.seen(sample.prompt, sample.sample_id) else KEPT
+
+
+def _is_degenerate(text: str) -> bool:
+    raw = text.encode()
+    return len(raw) >= 64 and len(raw) / len(zlib.compress(raw)) > MOST_COMPRESSION
+
+
+class _NearDuplicates:
+    """MinHash over character 5-grams."""
+
+    def __init__(self, threshold: float) -> None:
+        self._index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+
+    def seen(self, text: str, key: str) -> bool:
+        folded = " ".join(text.lower().split())
+        grams = {folded[i : i + 5].encode() for i in range(max(len(folded) - 4, 1))}
+        sketch = MinHash(num_perm=PERMUTATIONS)
+        sketch.update_batch(list(grams))
+        if self._index.query(sketch):
+            return True
+        self._index.insert(key, sketch)
+        return False

@@ -1,0 +1,152 @@
+"""Where prompts come from: small classes with one method, mixed by weight."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+from crosslora.config import Prompts, Synthesis
+from crosslora.errors import UserError
+from crosslora.teacher.engine import Engine, Generation, Sampling
+from crosslora.text.templates import ChatFormat
+from crosslora.text.vocabulary import Vocabulary
+
+SHOTS = 5
+"""Seed examples shown at a time."""
+SEPARATOR = "\n\n"
+"""Between two seed examples; what is written after the next one is cut off."""
+
+
+class Strategy(Protocol):
+    def prompts(self, count: int, shard: int) -> list[str]:
+        """At most `count` prompts; fewer where the teacher wrote something that is no prompt."""
+
+
+class SelfPrompts:
+    """The teacher continues what its template writes before a user turn, and so writes the user's prompt itself.
+
+    Xu et al., "Magpie: Alignment Data Synthesis from Scratch" (2024), here with the adapter on.
+    """
+
+    def __init__(self, engine: Engine, words: Vocabulary, chat: ChatFormat, settings: Synthesis) -> None:
+        if not chat.pre_query_ids:
+            raise UserError(
+                "synthesis.prompts.self: the chat template writes nothing before the user's text, so the teacher has "
+                "nothing to go on from; give prompts_file or seeds_file and its weight, and set self to 0"
+            )
+        self._engine, self._words, self._chat = engine, words, chat
+        self._sampling = _prompt_sampling(chat, settings)
+
+    def prompts(self, count: int, shard: int) -> list[str]:
+        generations = self._engine.generate([self._chat.pre_query_ids] * count, self._sampling, adapter=True)
+        return _texts(generations, self._words, self._chat)
+
+
+class SeedPrompts:
+    """The source base alone goes on after a few seed examples, each shown as a user turn."""
+
+    def __init__(
+        self, engine: Engine, words: Vocabulary, chat: ChatFormat, settings: Synthesis, seeds: list[str]
+    ) -> None:
+        self._engine, self._words, self._chat, self._seeds = engine, words, chat, seeds
+        self._sampling = _prompt_sampling(chat, settings)
+        self._random_seed = settings.random_seed
+
+    def prompts(self, count: int, shard: int) -> list[str]:
+        chooser = random.Random(f"{self._random_seed}/{shard}")
+        shown = [self._demonstrations(chooser) for _ in range(count)]
+        generations = self._engine.generate(shown, self._sampling, adapter=False)
+        texts = [
+            self._words.text([i for i in g.ids.tolist() if i not in self._chat.user_stop_ids])
+            for g in generations
+        ]
+        ended = [
+            text
+            for text, g in zip(texts, generations, strict=True)
+            if text and (g.finished or SEPARATOR in text)
+        ]
+        return [first for text in ended if (first := text.lstrip().split(SEPARATOR)[0].strip())]
+
+    def _demonstrations(self, chooser: random.Random) -> list[int]:
+        chosen = chooser.sample(self._seeds, min(SHOTS, len(self._seeds)))
+        return [*self._chat.pre_query_ids, *self._words.encode("".join(seed + SEPARATOR for seed in chosen))]
+
+
+class FilePrompts:
+    """The user's unlabelled prompts as they are, in order, from the start again where there are too few."""
+
+    def __init__(self, prompts: list[str], per_shard: int) -> None:
+        """per_shard: how many a whole shard takes; the last shard may be smaller."""
+        self._prompts, self._per_shard = prompts, per_shard
+
+    def prompts(self, count: int, shard: int) -> list[str]:
+        first = shard * self._per_shard
+        return [self._prompts[(first + i) % len(self._prompts)] for i in range(count)]
+
+
+def read_prompts(path: Path, field: str) -> list[str]:
+    """The `prompt` of every JSON line; raises UserError that names the line."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold U+2028
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{field}: {path} cannot be read ({error}); give a JSON-lines file") from error
+    prompts = [_prompt(line, f"{field}: {path} line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise UserError(f"{field}: {path} holds no prompts; write one JSON object with a `prompt` per line")
+    return prompts
+
+
+def _prompt(line: str, place: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        prompt = None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f'{place}: not an object such as {{"prompt": "..."}}; mend the line')
+    return prompt
+
+
+def build_strategies(
+    engine: Engine, words: Vocabulary, chat: ChatFormat, settings: Synthesis
+) -> list[tuple[float, str, Strategy]]:
+    """(share, name, strategy) of those with a weight above 0; the shares add up to 1."""
+    wanted: Prompts = settings.prompts
+    total = wanted.self + wanted.seeds + wanted.file
+    chosen: list[tuple[float, str, Strategy]] = []
+    if wanted.self > 0:
+        chosen.append((wanted.self, "self", SelfPrompts(engine, words, chat, settings)))
+    if wanted.seeds > 0 and wanted.seeds_file:
+        seeds = read_prompts(wanted.seeds_file, "seeds_file")
+        chosen.append((wanted.seeds, "seeds", SeedPrompts(engine, words, chat, settings, seeds)))
+    if wanted.file > 0 and wanted.prompts_file:
+        prompts = read_prompts(wanted.prompts_file, "prompts_file")
+        per_shard = counts(
+            settings.shard_size, [wanted.self / total, wanted.seeds / total, wanted.file / total]
+        )[-1]
+        chosen.append((wanted.file, "file", FilePrompts(prompts, per_shard)))
+    return [(weight / total, name, strategy) for weight, name, strategy in chosen]
+
+
+def counts(total: int, shares: list[float]) -> list[int]:
+    """Whole numbers that add up to `total`, as near to the shares as can be."""
+    edges = [round(total * sum(shares[:i])) for i in range(len(shares))] + [total]
+    return [after - before for before, after in pairwise(edges)]
+
+
+def _prompt_sampling(chat: ChatFormat, settings: Synthesis) -> Sampling:
+    return Sampling(settings.prompt_temperature, settings.max_prompt_tokens, chat.user_stop_ids, top_k=0)
+
+
+def _texts(generations: Sequence[Generation], words: Vocabulary, chat: ChatFormat) -> list[str]:
+    """What was written before the end of the user turn: a stop id, or the template's text where it has no such id."""
+    found = []
+    for generation in generations:
+        ids = generation.ids.tolist()
+        text, ended, _ = (words.text(ids[:-1] if generation.finished else ids) or "").partition(chat.user_end)
+        if text.strip() and (ended or generation.finished):
+            found.append(text.strip())
+    return found

@@ -1,0 +1,246 @@
+"""Synthesis: teacher engines as Ray actors write the corpus, shard by shard."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from crosslora import cluster
+from crosslora.config import Base, Config, Synthesis
+from crosslora.errors import UserError
+from crosslora.progress import Meter, progress, say
+from crosslora.run_folder import Stage
+from crosslora.teacher.corpus import Sample, shard_exists, write_shard
+from crosslora.teacher.engine import Engine, Generation, Sampling, TransformersEngine, VllmEngine
+from crosslora.teacher.prompts import SHOTS, build_strategies, counts, read_prompts
+from crosslora.text.templates import ChatFormat
+
+MOST_ENGINE_LOSSES = 3
+SECONDS_BETWEEN_LOOKS = 1.0
+ROOM_FOR_TEMPLATE = 64
+"""Tokens that a chat template may put around a prompt that the teacher wrote."""
+
+
+class Teacher:
+    """One engine and its prompt strategies; run as a Ray actor, a shard per call."""
+
+    def __init__(self, base: Base, adapter: Path, settings: Synthesis, seed: int, board: Any) -> None:
+        from crosslora.models import load_format, resolve
+        from crosslora.text.vocabulary import Vocabulary
+
+        self._settings, self._board = settings, board
+        folder = resolve(base)
+        self._chat = load_format(folder, base)
+        self._words = Vocabulary(self._chat.tokenizer)
+        self._engine = _engine(folder, adapter, settings, seed, max_len(self._chat, settings))
+        self._strategies = build_strategies(self._engine, self._words, self._chat, settings)
+
+    def ready(self) -> bool:
+        return True
+
+    def shard(self, index: int, size: int) -> list[Sample]:
+        """Prompts, the teacher's answers, and the source base's opinion of these."""
+        shares = counts(size, [share for share, _, _ in self._strategies])
+        drawn = [
+            (name, prompt)
+            for count, (_, name, strategy) in zip(shares, self._strategies, strict=True)
+            for prompt in strategy.prompts(count, index)
+        ]
+        prompt_ids = [self._chat.prompt_ids(prompt) for _, prompt in drawn]
+        answers = self._engine.generate(
+            prompt_ids, self._answering(), adapter=True, on_finished=self._reporter(index)
+        )
+        off = self._engine.score(prompt_ids, [answer.ids for answer in answers])
+        return [
+            self._sample(f"{index:05d}-{row:05d}", *drawn[row], answer, off[row])
+            for row, answer in enumerate(answers)
+        ]
+
+    def _reporter(self, index: int) -> Callable[[int], None]:
+        """Counts answers and tells the board about once a second."""
+        count, told = 0, time.monotonic()
+
+        def finished(number: int) -> None:
+            nonlocal count, told
+            count += number
+            if time.monotonic() - told >= SECONDS_BETWEEN_LOOKS:
+                self._board.add.remote({"shard": index, "answers": count})
+                count, told = 0, time.monotonic()
+
+        return finished
+
+    def _answering(self) -> Sampling:
+        s = self._settings
+        return Sampling(s.response_temperature, s.max_response_tokens, self._chat.stop_ids, s.top_k)
+
+    def _sample(self, sample_id: str, strategy: str, prompt: str, answer: Generation, off: Any) -> Sample:
+        text_ids = answer.ids[:-1] if answer.finished else answer.ids
+        return Sample(
+            sample_id=sample_id,
+            strategy=strategy,
+            prompt=prompt,
+            response=self._words.text(text_ids.tolist()),
+            finished=answer.finished,
+            response_ids=answer.ids,
+            top_ids=answer.top_ids,
+            top_logprobs=answer.top_logprobs,
+            logprobs_on=answer.logprobs,
+            logprobs_off=off,
+        )
+
+
+def _engine(folder: str, adapter: Path, settings: Synthesis, seed: int, max_len: int) -> Engine:
+    if settings.engine == "transformers":
+        return TransformersEngine(folder, adapter, dtype=settings.dtype, seed=seed)
+    return VllmEngine(
+        folder,
+        adapter,
+        dtype=settings.dtype,
+        max_len=max_len,
+        top_k=settings.top_k,
+        tensor_parallel=settings.tensor_parallel,
+        seed=seed,
+    )
+
+
+def max_len(chat: ChatFormat, settings: Synthesis) -> int:
+    """Tokens of the longest prompt that an engine may be given, and of an answer to it."""
+    longest = (
+        2 * settings.max_prompt_tokens
+    )  # what the teacher wrote may take more tokens when it is read again
+    if settings.prompts.seeds_file:
+        seeds = read_prompts(settings.prompts.seeds_file, "seeds_file")
+        shown = sorted((len(chat.prompt_ids(seed)) for seed in seeds), reverse=True)[:SHOTS]
+        longest = max(longest, sum(shown) + settings.max_prompt_tokens)
+    if settings.prompts.prompts_file:
+        given = read_prompts(settings.prompts.prompts_file, "prompts_file")
+        longest = max(longest, *(len(chat.prompt_ids(prompt)) for prompt in given))
+    return longest + settings.max_response_tokens + ROOM_FOR_TEMPLATE
+
+
+def synthesize(config: Config, adapter: Path, stage: Stage) -> dict[str, Any]:
+    """Generate the shards that are missing; returns the manifest."""
+    settings = config.synthesis
+    num_shards = -(-settings.samples // settings.shard_size)
+    done = [index for index in range(num_shards) if shard_exists(stage.folder, stage.name, index)]
+    pending = deque(index for index in range(num_shards) if index not in done)
+    started = time.monotonic()
+    if pending:
+        engines = min(settings.engines, len(pending))
+        say(f"  starting {engines} teacher engine{'s' * (engines > 1)} ({settings.engine}, {settings.dtype})")
+        foreman = _Foreman(config, adapter, stage, pending, engines)
+        try:
+            with progress("synthesize", settings.samples, "samples") as meter:
+                meter.start_at(len(done) * settings.shard_size)
+                foreman.run(meter)
+        finally:
+            foreman.stop()
+    shards = [index for index in range(num_shards) if shard_exists(stage.folder, stage.name, index)]
+    return stage.finish({"shards": shards, "seconds": round(time.monotonic() - started, 1)})
+
+
+class _Foreman:
+    """Hands shards to the engines, writes what they bring, and replaces an engine that dies."""
+
+    def __init__(
+        self, config: Config, adapter: Path, stage: Stage, pending: deque[int], num_engines: int
+    ) -> None:
+        self.settings, self.stage, self.pending = config.synthesis, stage, pending
+        self.board = cluster.board()
+        seed = self.settings.random_seed * 1_000_003 + pending[0]  # a resumed run must not repeat what it has
+        actor_class = _actor_class(config, num_engines)
+        self._start = lambda number: actor_class.remote(
+            config.source, adapter, self.settings, (seed + 7919 * number) % 2**32, self.board
+        )
+        self.actors = [self._start(number) for number in range(num_engines)]
+        self.work: dict[Any, tuple[Any, int]] = {}
+        self.answered: Counter[int] = Counter()
+        """Answers of each unfinished shard that the meter counts already."""
+        self.losses = self.tokens = 0
+
+    def run(self, meter: Meter) -> None:
+        try:
+            ray.get([actor.ready.remote() for actor in self.actors])
+        except RayActorError as error:
+            cause = str(error).strip().splitlines()[-1].strip()[:300]
+            raise UserError(
+                f"synthesize: the teacher's engine did not start ({cause}); mend that, or use "
+                "synthesis.engine: transformers where vLLM cannot run the source base"
+            ) from error
+        minutes = self.settings.minutes
+        self.started = time.monotonic()
+        self.deadline = None if minutes is None else self.started + 60 * minutes
+        for actor in self.actors:
+            self._hand_out(actor)
+        while self.work:
+            finished, _ = ray.wait(list(self.work), timeout=SECONDS_BETWEEN_LOOKS)
+            self._count_answers(meter)
+            for reference in finished:
+                self._take(reference, meter)
+
+    def stop(self) -> None:
+        for actor in [*self.actors, self.board]:
+            ray.kill(actor)
+
+    def _hand_out(self, actor: Any) -> None:
+        if self.pending and (self.deadline is None or time.monotonic() < self.deadline):
+            index = self.pending.popleft()
+            self.work[actor.shard.remote(index, _size(index, self.settings))] = (actor, index)
+
+    def _count_answers(self, meter: Meter) -> None:
+        unfinished = {index for _, index in self.work.values()}
+        for event in ray.get(self.board.take.remote()):
+            if event["shard"] in unfinished:
+                self.answered[event["shard"]] += event["answers"]
+                meter.advance(event["answers"])
+
+    def _take(self, reference: Any, meter: Meter) -> None:
+        actor, index = self.work.pop(reference)
+        answered = self.answered.pop(index, 0)
+        try:
+            samples = ray.get(reference)
+        except RayActorError as error:
+            meter.advance(-answered)
+            actor = self._replace(actor, index, error)
+        else:
+            write_shard(self.stage.folder, self.stage.name, index, samples)
+            self.tokens += sum(len(sample.response_ids) for sample in samples)
+            rate = round(self.tokens / (time.monotonic() - self.started), 1)
+            self.stage.event("shard", shard=index, samples=len(samples), response_tokens_per_second=rate)
+            meter.advance(_size(index, self.settings) - answered, f"{rate:.0f} response tokens/s")
+        self._hand_out(actor)
+
+    def _replace(self, lost: Any, index: int, error: RayActorError) -> Any:
+        """A new engine in place of the one that died on shard `index`, which is to be done again."""
+        ray.kill(lost)  # it may only be out of reach, and its resources are what the new one needs
+        self.losses += 1
+        self.stage.event("engine_lost", shard=index, losses=self.losses)
+        if self.losses > MOST_ENGINE_LOSSES:
+            raise UserError(
+                f"synthesize: teacher engines died {self.losses} times, last on shard {index} "
+                f"({str(error).splitlines()[0]}); look for too little memory, lower synthesis.shard_size"
+            ) from error
+        self.pending.appendleft(index)
+        self.actors.append(actor := self._start(len(self.actors)))
+        return actor
+
+
+def _size(index: int, settings: Synthesis) -> int:
+    return min(settings.shard_size, settings.samples - index * settings.shard_size)
+
+
+def _actor_class(config: Config, engines: int) -> Any:
+    from crosslora.vllm_settings import environment
+
+    gpus = config.synthesis.tensor_parallel * config.cluster.gpus_per_engine
+    cpus = 1 if gpus else cluster.cpus_per_share(engines)
+    cluster.require({"CPU": engines * cpus, "GPU": engines * gpus}, "synthesize", config.cluster.wait_seconds)
+    return ray.remote(Teacher).options(
+        num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": environment(cpus, gpus)}
+    )

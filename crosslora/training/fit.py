@@ -1,0 +1,179 @@
+"""Fit: Ray Train starts the workers, shows their progress, and keeps the best projection."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from crosslora import cluster
+from crosslora.config import Config
+from crosslora.errors import UserError
+from crosslora.progress import progress, say
+from crosslora.run_folder import Stage
+from crosslora.teacher.corpus import read_corpus
+from crosslora.text.alignment import coverage
+from crosslora.text.pair import TokenizerPair
+from crosslora.training.batches import build_examples
+from crosslora.training.checkpoint import load
+
+SECONDS_BETWEEN_POLLS = 1.0
+SECONDS_BETWEEN_CHECKS = "0.2"
+"""How often Ray Train asks its workers for news; every checkpoint waits for it."""
+KEEP_FREED_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+"""glibc gives every chunk of logits back to the kernel and asks for it again, zeroed: on CPU a worker spent most of
+its time there."""
+
+
+def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) -> dict[str, Any]:
+    """Train to the stopping point, resuming from the last checkpoint; returns the manifest."""
+    settings = config.fit
+    reach = check_corpus(config, stage, corpus)
+    gpus = config.cluster.gpus_per_worker
+    cpus = 1 if gpus else cluster.cpus_per_share(settings.workers)
+    needed = {"CPU": settings.workers * cpus, "GPU": settings.workers * gpus}
+    cluster.require(needed, "fit", config.cluster.wait_seconds)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", SECONDS_BETWEEN_CHECKS)
+    board = cluster.board()
+    job = {
+        "config": config.model_dump(mode="json"),
+        "adapter": str(adapter),
+        "corpus": corpus,
+        "board": board,
+    }
+    trainer = TorchTrainer(
+        _train,
+        train_loop_config=job,
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+        ),
+        run_config=_run_config(config, stage, cpus, "cuda" if gpus else "cpu"),
+    )
+    watcher = _Watcher(board, stage, settings.steps)
+    with watcher:
+        try:
+            result = trainer.fit()
+        except TrainingFailedError as error:
+            cause = " ".join(str(error).split())[-400:]
+            raise UserError(
+                f"fit: the workers failed {settings.max_failures + 1} times ({cause}); mend the cause and run the same "
+                "command: it goes on from the last checkpoint"
+            ) from error
+    ray.kill(board)
+    return _finish(result, stage, watcher, reach)
+
+
+def _train(job: dict[str, Any]) -> None:
+    """What a worker runs. DeepSpeed is imported there alone: the command starts seconds sooner without it."""
+    from crosslora.training.loop import train_worker
+
+    train_worker(job)
+
+
+def check_corpus(config: Config, stage: Stage, corpus: tuple[str, str]) -> float:
+    """Coverage of the corpus; raises UserError before any worker starts where there is too little to learn from."""
+    pair = TokenizerPair.load(config.source, config.target)
+    train, held_out = (
+        build_examples(part, pair, config.fit.max_tokens) for part in read_corpus(stage.folder, *corpus)
+    )
+    if len(train) < config.fit.batch_size or not held_out:
+        raise UserError(
+            f"fit: {len(train)} samples to train on and {len(held_out)} held out are left after fit.max_tokens = "
+            f"{config.fit.max_tokens}; raise it, or synthesis.samples, or lower fit.batch_size"
+        )
+    reach = coverage(example.targets for example in train)
+    if reach < config.fit.min_coverage:
+        raise UserError(
+            f"fit: coverage {reach:.2f} is below fit.min_coverage = {config.fit.min_coverage}: too few of the "
+            "student's tokens line up with the teacher's; lower the floor to train on the teacher's text alone"
+        )
+    stage.event("corpus", train=len(train), held_out=len(held_out), coverage=round(reach, 4))
+    say(f"  {len(train)} samples to train on, {len(held_out)} held out, coverage {reach:.3f}")
+    return reach
+
+
+def _run_config(config: Config, stage: Stage, cpus: int, accelerator: str) -> RunConfig:
+    """The name is the inputs' digest: Ray Train resumes whatever has the same name and place."""
+    return RunConfig(
+        name=stage.digest[:16],
+        storage_path=stage.folder.path(f"{stage.name}/train"),
+        storage_filesystem=stage.folder.filesystem,
+        failure_config=FailureConfig(max_failures=config.fit.max_failures),
+        checkpoint_config=CheckpointConfig(num_to_keep=2),
+        worker_runtime_env={
+            "env_vars": {"OMP_NUM_THREADS": str(cpus), "DS_ACCELERATOR": accelerator, **KEEP_FREED_MEMORY}
+        },
+    )
+
+
+def _finish(result: Any, stage: Stage, watcher: _Watcher, reach: float) -> dict[str, Any]:
+    with result.checkpoint.as_directory() as folder:
+        *_, reached = load(Path(folder))
+        stage.folder.write_bytes(
+            f"{stage.name}/projection.safetensors", (Path(folder) / "best.safetensors").read_bytes()
+        )
+    return stage.finish(
+        {
+            "steps": reached.step,
+            "best_step": reached.best_step,
+            "held_out_loss": reached.best_loss,
+            "held_out_kl": {"target_base": reached.start_kl, "student": reached.best_kl},
+            "coverage": round(reach, 4),
+            "tokens_per_second": watcher.mean_rate(),
+        }
+    )
+
+
+class _Watcher:
+    """Moves events from the board to events.jsonl and the progress bar while the trainer runs."""
+
+    def __init__(self, board: Any, stage: Stage, steps: int) -> None:
+        self._board, self._stage, self._steps = board, stage, steps
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._held_out = ""
+        self._rates: list[float] = []
+
+    def __enter__(self) -> _Watcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def mean_rate(self) -> float | None:
+        return round(sum(self._rates) / len(self._rates), 1) if self._rates else None
+
+    def _watch(self) -> None:
+        with progress("fit", self._steps, "steps") as meter:
+            while True:
+                stopping = self._stop.wait(SECONDS_BETWEEN_POLLS)
+                for event in ray.get(self._board.take.remote()):
+                    self._show(event, meter)
+                if stopping:
+                    return
+
+    def _show(self, event: dict[str, Any], meter: Any) -> None:
+        self._stage.event(**event)
+        if event["event"] == "resumed":
+            meter.start_at(event["step"])
+        elif event["event"] == "held_out":
+            self._held_out = f"held-out {event['loss']:.4f}"
+        else:
+            self._rates.append(event["tokens_per_second"])
+            meter.advance(event["step"] - meter.done, f"loss {event['loss']:.3f} {self._held_out}")

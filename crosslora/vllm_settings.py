@@ -1,0 +1,67 @@
+"""What every vLLM engine here is started with: the environment of its process and its LoRA options."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from crosslora.adapter_header import AdapterHeader, read_header
+from crosslora.errors import UserError
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM 0.32 takes for max_lora_rank."""
+
+
+def environment(threads: int, num_gpus: float = 0) -> dict[str, str]:
+    """Environment variables of a process that runs vLLM with `threads` CPU threads, to set before vLLM is imported.
+
+    VLLM_CPU_KVCACHE_SPACE (GiB) and VLLM_LOGGING_LEVEL keep what the user set.
+    """
+    variables = {
+        # The model runs in the engine's own process instead of one more, which would import vLLM once more.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # vLLM's own binding keeps one core back: half of a machine with two.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(threads),
+        # A given size also spares the warm-up run that measures how much is left.
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if not num_gpus:
+        # The model runs eagerly on CPU. What is left to compile (the rank of a logprob) would need a C++ compiler,
+        # and torch's call of it breaks on a space in the path of the environment.
+        variables["TORCHDYNAMO_DISABLE"] = "1"
+    return variables
+
+
+def lora_options(adapter_paths: Iterable[Path]) -> dict[str, Any]:
+    """Arguments of a vLLM engine that can run all these adapters in one batch; {} where there is none.
+
+    `lora_target_modules` leaves lm_head alone: wrapped for LoRA, it kills the CPU engine at the first request for
+    prompt logprobs (vLLM 0.32). Raises UserError on a folder that is no LoRA adapter, or a rank that vLLM cannot run.
+    """
+    headers = [read_header(path) for path in adapter_paths]
+    if not headers:
+        return {}
+    return {
+        "enable_lora": True,
+        "max_loras": len(headers),
+        "max_lora_rank": max(_allowed_rank(header) for header in headers),
+        "lora_target_modules": sorted(
+            {path.rpartition(".")[2] for header in headers for path in header.modules}
+        ),
+    }
+
+
+def _allowed_rank(header: AdapterHeader) -> int:
+    rank = max(module.rank for module in header.modules.values())
+    allowed = next((limit for limit in LORA_RANKS if limit >= rank), None)
+    if allowed is None:
+        raise UserError(
+            f"{header.path}: rank {rank}, vLLM runs adapters up to rank {LORA_RANKS[-1]}; lower its rank, "
+            "or merge it into its base"
+        )
+    return allowed

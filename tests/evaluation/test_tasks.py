@@ -1,0 +1,31 @@
+"""Tasks are read, and refused, before any work."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from crosslora.config import Task
+from crosslora.errors import UserError
+from crosslora.evaluation.tasks import Answer, read_items, score
+
+
+def task(tmp_path: Path, completion: object, metric: str) -> Task:
+    (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": "p", "completion": completion}) + "\n")
+    return Task(name="t", path=tmp_path / "t.jsonl", metrics=[metric])
+
+
+def test_an_object_as_completion_stands_for_its_json(tmp_path: Path) -> None:
+    items = read_items(task(tmp_path, {"city": "Zürich", "n": 5}, "json_slots"))
+    assert score("json_slots", [Answer('{"n": "5", "city": "zürich"}', ended=True)], items) == [1.0]
+
+
+@pytest.mark.parametrize("metric", ["json_slots", "json_field:intent"])
+def test_a_reference_that_the_metric_cannot_read_is_refused(tmp_path: Path, metric: str) -> None:
+    with pytest.raises(UserError, match="not a JSON object"):
+        read_items(task(tmp_path, "no JSON", metric))
+
+
+def test_an_answer_that_did_not_end_scores_nothing(tmp_path: Path) -> None:
+    items = read_items(task(tmp_path, "yes", "exact_match"))
+    assert score("exact_match", [Answer("yes", ended=False)], items) == [0.0]

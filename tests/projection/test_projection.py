@@ -1,0 +1,94 @@
+"""Span reduction against the full map, fused linears, and the student against PEFT."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config
+
+from crosslora.adapter import LoraFactors, read_adapter, write_adapter
+from crosslora.projection.initial import random_map, start_maps
+from crosslora.projection.mapping import build_slots, split_roles
+from crosslora.projection.projection import Projection, SpaceMap, span_basis
+from crosslora.projection.student import Student
+from crosslora.topology import discover
+from tests.tiny import tiny_gemma, tiny_llama, tiny_lora
+
+PHI = Phi3Config(
+    vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=48, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+
+def test_the_span_gives_the_outputs_and_gradients_of_the_full_map() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(20, 6, generator=generator)
+    P0 = random_map(12, 20, generator)
+    small = SpaceMap(vectors, 12, P0, residual=False, full=False)
+    full = SpaceMap(vectors, 12, P0, residual=False, full=True)
+    torch.testing.assert_close(small(), P0 @ vectors)
+    Q = span_basis(vectors)
+    with torch.no_grad():
+        full.D.copy_(torch.randn(12, 20, generator=generator))
+        small.D.copy_(full.D @ Q)
+    torch.testing.assert_close(small(), full(), atol=1e-4, rtol=1e-4)
+    weights = torch.randn(12, 6, generator=generator)
+    for each in (small, full):
+        (each() * weights).sum().backward()
+    assert small.D.grad is not None and full.D.grad is not None
+    torch.testing.assert_close(full.D.grad @ Q, small.D.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    root = tmp_path_factory.mktemp("pair")
+    source = tiny_llama(root / "source")
+    return source, tiny_gemma(root / "target"), tiny_lora(root / "lora", source)
+
+
+def project(factors: dict[str, LoraFactors], source: Any, target: Any, zero: bool = False) -> Projection:
+    maps_from = random_map(
+        target.widths["residual"], source.widths["residual"], torch.Generator().manual_seed(1)
+    )
+    maps = start_maps(maps_from, source.widths, target.widths, 0)
+    slots = build_slots(factors, source, target)
+    return Projection(slots, target.widths, maps, None if zero else maps, residual=True)
+
+
+def test_fused_target_and_back(pair: tuple[Path, Path, Path]) -> None:
+    llama, phi = discover(AutoConfig.from_pretrained(pair[0])), discover(PHI)
+    there = project(read_adapter(pair[2]).factors, llama, phi)
+    factors = there.lora_factors()
+    fused = factors["model.layers.0.self_attn.qkv_proj"]
+    assert fused.A.shape == (12, 32) and fused.B.shape == (64, 12)
+    for block, (rows, role) in enumerate([((0, 32), "query"), ((32, 48), "key"), ((48, 64), "value")]):
+        ranks = slice(4 * block, 4 * block + 4)
+        own = fused.B[rows[0] : rows[1], ranks] @ fused.A[ranks]
+        torch.testing.assert_close((fused.B @ fused.A)[rows[0] : rows[1]], own, msg=role)
+    back = project(factors, phi, llama).lora_factors()
+    assert back.keys() == read_adapter(pair[2]).factors.keys()
+    cut = split_roles(factors, phi)
+    assert torch.equal(cut[0, "key"][1], fused.B[32:48]) and cut[0, "key"][0] is fused.A
+
+
+def test_the_student_is_the_base_with_the_written_adapter(
+    pair: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32).eval()
+    ids = torch.arange(10, 40).reshape(2, 15)
+    with torch.no_grad():
+        plain = base(ids).logits
+        source, target = (discover(AutoConfig.from_pretrained(folder)) for folder in pair[:2])
+        projection = project(read_adapter(pair[2]).factors, source, target)
+        student = Student(base, projection)
+        logits = student.logits(student(ids))
+        write_adapter(tmp_path / "out", projection.lora_factors(), str(pair[1]), None)
+        fresh = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32)
+        wanted = PeftModel.from_pretrained(fresh, tmp_path / "out").eval()(ids).logits
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+        assert (logits - plain).abs().max() > 1e-2
+        again = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32).eval()
+        zero = Student(again, project(read_adapter(pair[2]).factors, source, target, zero=True))
+        assert torch.equal(zero.logits(zero(ids)), plain)

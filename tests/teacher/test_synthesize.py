@@ -1,0 +1,56 @@
+"""Shards survive their engines, and the budget in minutes is kept."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from crosslora import cluster
+from crosslora.run_folder import RunFolder, Stage
+from crosslora.teacher.corpus import read_samples
+from crosslora.teacher.synthesize import synthesize
+from tests.tiny_pair import make_pair, tiny_config
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pair(tmp_path_factory.mktemp("synthesis pair"))
+
+
+def run(pair: Path, folder: Path, **settings: object) -> Stage:
+    config = tiny_config(pair, folder)
+    config = config.model_copy(update={"synthesis": config.synthesis.model_copy(update=settings)})
+    stage = RunFolder.open(str(folder)).stage("synthesize/tiny", settings)
+    with cluster.session(config.cluster):
+        synthesize(config, config.adapters[0].path, stage)
+    return stage
+
+
+def kill_the_engine(events: Path) -> None:
+    while not (events.exists() and '"shard": 0' in events.read_text()):
+        time.sleep(0.02)
+    engine = next(p for p in psutil.process_iter(["cmdline"]) if "ray::Teacher" in str(p.info["cmdline"]))
+    os.kill(engine.pid, signal.SIGKILL)
+
+
+def test_an_engine_that_dies_is_replaced(pair: Path, tmp_path: Path) -> None:
+    events = tmp_path / "synthesize/tiny/events.jsonl"
+    threading.Thread(target=kill_the_engine, args=[events], daemon=True).start()
+    stage = run(pair, tmp_path, samples=2000, shard_size=200)
+    assert any(json.loads(line)["event"] == "engine_lost" for line in events.read_text().splitlines())
+    assert stage.manifest()["shards"] == list(range(10))
+    ids = [sample.sample_id for sample in read_samples(stage.folder, stage.name)]
+    assert len(ids) == len(set(ids)) and {sample_id.split("-")[0] for sample_id in ids} == {
+        f"{index:05d}" for index in range(10)
+    }
+
+
+def test_no_shard_is_begun_after_the_minutes(pair: Path, tmp_path: Path) -> None:
+    assert run(pair, tmp_path, minutes=1e-4).manifest()["shards"] == [0]

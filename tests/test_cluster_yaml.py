@@ -1,0 +1,45 @@
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray.autoscaler
+import yaml
+from packaging.requirements import Requirement
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def cluster() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    return loaded
+
+
+def test_follows_rays_schema(cluster: dict[str, Any]) -> None:
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    jsonschema.validate(cluster, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(cluster | {"max_worker": 4}, schema)
+
+
+def test_is_complete_with_rays_defaults(cluster: dict[str, Any]) -> None:
+    validate_config(prepare_config(cluster))
+
+
+def test_image_has_the_ray_and_python_of_the_project(cluster: dict[str, Any]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ray_requirement = next(r for r in map(Requirement, project["dependencies"]) if r.name == "ray")
+    version, python, _ = cluster["docker"]["image"].partition(":")[2].split("-")
+    assert version in ray_requirement.specifier
+    python_version = f"{python.removeprefix('py')[0]}.{python.removeprefix('py')[1:]}"
+    assert python_version in Requirement(f"python{project['requires-python']}").specifier
+
+
+def test_gpu_workers_get_the_checkout(cluster: dict[str, Any]) -> None:
+    assert cluster["head_node_type"] in cluster["available_node_types"]
+    assert (ROOT / cluster["file_mounts"]["/home/ray/crosslora"] / "pyproject.toml").is_file()
+    assert "/home/ray/crosslora[gpu]" in cluster["setup_commands"][0]

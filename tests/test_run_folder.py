@@ -1,0 +1,94 @@
+"""One writer, stages keyed by their inputs, nothing lost."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from crosslora.errors import UserError
+from crosslora.run_folder import RunFolder, differences, stage_states
+
+
+def opened(path: Path) -> RunFolder:
+    path.mkdir(exist_ok=True)
+    return RunFolder.open(str(path))
+
+
+def test_a_stage_is_done_only_with_its_manifest(tmp_path: Path) -> None:
+    stage = opened(tmp_path).stage("fit/a", {"steps": 1})
+    assert not stage.done
+    stage.finish({"loss": 0.5})
+    again = opened(tmp_path).stage("fit/a", {"steps": 1})
+    assert again.done and again.manifest()["loss"] == 0.5
+
+
+def test_other_inputs_are_refused_with_the_difference(tmp_path: Path) -> None:
+    opened(tmp_path).stage("fit/a", {"fit": {"steps": 1, "rate": 2}})
+    with pytest.raises(UserError, match=r"fit\.steps: 1 -> 3\).*--redo fit"):
+        opened(tmp_path).stage("fit/a", {"fit": {"steps": 3, "rate": 2}})
+
+
+def test_differences_name_the_leaves() -> None:
+    assert differences({"a": {"b": 1}, "c": [1]}, {"a": {"b": 2}, "c": [1]}) == ["a.b: 1 -> 2"]
+
+
+def test_the_lock_keeps_a_second_writer_out_and_is_freed(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    with (
+        folder.writing(),
+        pytest.raises(UserError, match=f"in use by process {os.getpid()}"),
+        folder.writing(),
+    ):
+        pass
+    with folder.writing():
+        pass
+
+
+def test_a_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    stale = {"host": socket.gethostname(), "pid": 2**22 + 1, "started": "1"}
+    (tmp_path / "lock.json").write_text(json.dumps(stale))
+    with folder.writing():
+        assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="not writable"), RunFolder.open(str(tmp_path / "run")).writing():
+        pass
+
+
+def test_damaged_json_is_named(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    folder.write_bytes("fit/a/manifest.json", b'{"a": ')
+    with pytest.raises(UserError, match=r"manifest\.json: damaged"):
+        folder.read_json("fit/a/manifest.json")
+
+
+def test_unknown_filesystems_are_refused() -> None:
+    with pytest.raises(UserError, match="nonsense://x"):
+        RunFolder.open("nonsense://x")
+
+
+def test_events_are_lines_of_json(tmp_path: Path) -> None:
+    stage = opened(tmp_path).stage("fit/a", {})
+    stage.event("step", step=1)
+    stage.event("step", step=2)
+    lines = [json.loads(line) for line in (tmp_path / "fit/a/events.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and lines[0]["stage"] == "fit/a"
+
+
+def test_status_knows_done_started_and_not_started(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    folder.write_json("run.json", {"config": {"adapters": [{"name": "a"}]}})
+    folder.stage("synthesize/a", {}).finish({})
+    folder.stage("fit/a", {})
+    states = stage_states(folder)
+    assert (states["synthesize/a"], states["fit/a"], states["export/a"]) == ("done", "started", "not started")
+
+
+def test_status_of_no_run_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no run\.json"):
+        stage_states(opened(tmp_path))

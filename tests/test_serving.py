@@ -1,0 +1,299 @@
+"""One endpoint over tiny models: what it answers, what it refuses, and what it leaves behind."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+import ray
+import torch
+from openai import OpenAI
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from crosslora import cluster
+from crosslora.config import Cluster
+from crosslora.errors import UserError
+from crosslora.serving import Endpoint, _check_adapters_act, serve_models
+from crosslora.vllm_settings import environment, lora_options
+from tests.tiny import load_tokenizer, tiny_llama, tiny_lora
+
+IDS = [72, 101, 40, 7, 200, 31, 310, 55, 101, 9]
+ENGINE = ("VLLM::", "multiprocessing.spawn")
+"""vLLM's engine, named and not yet named."""
+SETTINGS: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "threads": 1}
+
+
+@dataclass(frozen=True)
+class Folders:
+    base: Path
+    adapters: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Server:
+    endpoint: Endpoint
+    client: OpenAI
+    stop: Callable[[], None]
+    """Ends the server and leaves Ray running."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    folder = tmp_path_factory.mktemp("models")
+    base = tiny_llama(folder / "base")
+    adapters = {"one": tiny_lora(folder / "one", base, 1), "two": tiny_lora(folder / "two", base, 2, r=12)}
+    return Folders(base, adapters)
+
+
+@pytest.fixture(scope="module")
+def server(folders: Folders) -> Iterator[Server]:
+    with cluster.session(Cluster()), ExitStack() as stack:
+        endpoint = stack.enter_context(serve_models(folders.base, "base", folders.adapters, **SETTINGS))
+        client = OpenAI(base_url=endpoint.url, api_key="none", max_retries=0)
+        yield Server(endpoint, client, stack.close)
+
+
+def test_a_taken_port_is_refused_before_ray_starts(folders: Folders) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(UserError, match=rf"port {port} on 127.0.0.1: .* in use; .* another port"),
+            serve_models(folders.base, "base", {}, port=port, **SETTINGS),
+        ):
+            pass
+    assert not ray.is_initialized()
+
+
+def test_bad_models_are_refused_before_ray_starts(folders: Folders, tmp_path: Path) -> None:
+    cases: list[tuple[Path, dict[str, Path], str]] = [
+        (tmp_path / "none", {}, "does not exist"),
+        (folders.base, {"one": tmp_path / "none"}, "not a folder"),
+        (folders.base, {"base": folders.adapters["one"]}, "name of the base"),
+        (folders.base, {"wide": tiny_lora(tmp_path / "wide", folders.base, r=513)}, "rank 513"),
+    ]
+    for base, adapters, message in cases:
+        with pytest.raises(UserError, match=message), serve_models(base, "base", adapters, **SETTINGS):
+            pass
+    assert not ray.is_initialized()
+
+
+def test_lora_options_hold_all_adapters(folders: Folders) -> None:
+    assert lora_options([]) == {}
+    assert lora_options([folders.adapters["one"]])["max_lora_rank"] == 8
+    options = lora_options(folders.adapters.values())
+    assert (options["max_loras"], options["max_lora_rank"]) == (2, 16)
+    assert options["lora_target_modules"] == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+
+
+def test_the_environment_keeps_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    assert environment(3)["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert environment(3)["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    assert environment(3)["VLLM_CPU_KVCACHE_SPACE"] == "7"
+
+
+@pytest.mark.real
+def test_the_base_and_its_adapters_are_listed(server: Server) -> None:
+    assert server.endpoint.models == ["base", "one", "two"]
+    assert [model.id for model in server.client.models.list()] == server.endpoint.models
+
+
+@pytest.mark.real
+def test_a_prompt_of_token_ids_is_completed(server: Server) -> None:
+    options = {"ignore_eos": True, "return_tokens_as_token_ids": True}
+    answer = server.client.completions.create(
+        model="one", prompt=IDS, max_tokens=5, temperature=0, logprobs=3, extra_body=options
+    )
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(IDS), 5)
+    logprobs: Any = answer.choices[0].logprobs
+    for token, chosen, top in zip(
+        logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
+    ):
+        assert len(top) == 3
+        assert chosen == top[token] == max(top.values()), f"{token} is not the greedy choice"
+
+
+@pytest.mark.real
+def test_chat_uses_the_template_of_the_base(server: Server, folders: Folders) -> None:
+    tokenizer = load_tokenizer(folders.base)
+    messages: list[Any] = [{"role": "user", "content": "Play the new album"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    answer = server.client.chat.completions.create(
+        model="two", messages=messages, max_tokens=4, temperature=0, extra_body={"return_token_ids": True}
+    )
+    assert answer.model_extra is not None
+    assert answer.model_extra["prompt_token_ids"] == prompt
+
+
+@pytest.mark.real
+def test_logprobs_in_a_mixed_batch_are_those_of_peft(server: Server, folders: Folders) -> None:
+    """Echo with an adapter also shows that the head is not wrapped for LoRA, which would kill the engine."""
+    with ThreadPoolExecutor(24) as pool:
+        served = list(pool.map(lambda model: _echoed(server.client, model), server.endpoint.models * 8))
+    expected = [_expected(folders, model) for model in server.endpoint.models]
+    for row, reference in zip(served, expected * 8, strict=True):
+        torch.testing.assert_close(row, reference, atol=2e-4, rtol=0)
+    base, one, two = served[:3]
+    assert min((base - one).abs().max(), (base - two).abs().max(), (one - two).abs().max()) > 0.05
+
+
+@pytest.mark.real
+def test_an_adapter_that_changes_nothing_is_named(server: Server, folders: Folders) -> None:
+    with pytest.raises(UserError, match="idle: served as 'base' it changes nothing"):
+        _check_adapters_act(
+            server.endpoint.url, "base", {"one": folders.adapters["one"], "base": Path("idle")}
+        )
+
+
+@pytest.mark.real
+def test_a_second_server_on_the_cluster_is_refused(server: Server, folders: Folders) -> None:
+    with (
+        pytest.raises(UserError, match="Ray Serve already runs"),
+        serve_models(folders.base, "base", {}, **SETTINGS),
+    ):
+        pass
+    assert len(list(server.client.models.list())) == 3, "the first server goes on"
+
+
+@pytest.mark.real
+def test_nothing_is_left_when_the_block_ends(server: Server) -> None:
+    started = _serving_processes()
+    assert _has_engine(started)
+    server.stop()
+    _assert_gone(started)
+
+
+@pytest.mark.real
+def test_nothing_is_left_when_the_driver_is_killed(server: Server, folders: Folders) -> None:
+    """Killed while vLLM starts, on a cluster that goes on: there the actors of Ray Serve would outlive their driver."""
+    server.stop()
+    with _driver(folders, {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}) as driver:
+        while not _has_engine(started := _serving_processes()):
+            assert driver.poll() is None
+            time.sleep(0.1)
+        driver.kill()
+        _assert_gone(started)
+        assert not _serving_processes()
+
+
+@pytest.mark.real
+def test_the_command_serves_until_ctrl_c(folders: Folders) -> None:
+    with _driver(folders, {}) as driver:
+        client = OpenAI(base_url=_url(driver), api_key="none", max_retries=0)
+        assert [model.id for model in client.models.list()] == ["base", "one"]
+        chat = client.chat.completions.create(
+            model="one", messages=[{"role": "user", "content": "hello"}], max_tokens=4
+        )
+        assert chat.choices[0].message.content
+        started = _serving_processes()
+        driver.send_signal(signal.SIGINT)
+        assert driver.wait(60) == 0
+        _assert_gone(started)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_no_engine_is_left_when_ray_breaks(folders: Folders) -> None:
+    """Without its head process Ray ends its actors, but not their children."""
+    with _driver(folders, {}) as driver:
+        _url(driver)
+        started = _serving_processes()
+        assert _has_engine(started)
+        for process in psutil.Process(driver.pid).children():
+            if "gcs_server" in process.name():
+                process.kill()
+        time.sleep(2)
+        driver.kill()
+        _assert_gone(started)
+
+
+@contextmanager
+def _driver(folders: Folders, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """`crosslora serve` with a tiny adapter, in a process of its own."""
+    options = [
+        "--base",
+        str(folders.base),
+        "--dtype=float32",
+        "--max-model-len=256",
+        "--threads=1",
+        "--port=0",
+    ]
+    command = [sys.executable, "-m", "crosslora", "serve", str(folders.adapters["one"]), *options]
+    with subprocess.Popen(
+        command, env=os.environ | environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _url(driver: subprocess.Popen[str]) -> str:
+    """Wait until the command says where it serves."""
+    assert driver.stdout is not None
+    for line in driver.stdout:
+        if found := re.search(r"http://\S+/v1", line):
+            return found[0]
+    raise AssertionError("the command ended before it served")
+
+
+def _echoed(client: OpenAI, model: str) -> torch.Tensor:
+    answer = client.completions.create(
+        model=model, prompt=IDS, max_tokens=1, echo=True, logprobs=1, temperature=0
+    )
+    logprobs: Any = answer.choices[0].logprobs
+    return torch.tensor(logprobs.token_logprobs[1 : len(IDS)])
+
+
+def _expected(folders: Folders, model: str) -> torch.Tensor:
+    """log p of IDS[1:] with transformers and PEFT in float32."""
+    reference = AutoModelForCausalLM.from_pretrained(folders.base, dtype=torch.float32)
+    if model != "base":
+        reference = PeftModel.from_pretrained(reference, folders.adapters[model])
+    with torch.no_grad():
+        logprobs = reference(torch.tensor([IDS])).logits[0].log_softmax(-1)
+    return logprobs[:-1].gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
+
+
+def _serving_processes() -> dict[psutil.Process, str]:
+    """Ray Serve's actors and vLLM's processes below this one."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found[process] = " ".join(process.cmdline())
+    marks = (*ENGINE, "ray::Serve", "ray::Proxy")
+    return {process: name for process, name in found.items() if any(mark in name for mark in marks)}
+
+
+def _has_engine(processes: dict[psutil.Process, str]) -> bool:
+    return any(mark in name for name in processes.values() for mark in ENGINE)
+
+
+def _assert_gone(processes: dict[psutil.Process, str]) -> None:
+    deadline = time.monotonic() + 30
+    while left := [name for process, name in processes.items() if _alive(process)]:
+        assert time.monotonic() < deadline, f"still there after 30 s: {left}"
+        time.sleep(0.2)
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

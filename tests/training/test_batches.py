@@ -1,0 +1,69 @@
+"""Which position is scored against which row, and in which order samples come."""
+
+from itertools import islice
+
+import numpy as np
+import torch
+
+from crosslora.text.alignment import Targets
+from crosslora.training.batches import Example, batch_indices, collate, micro_batches
+
+
+def example(prompt: list[int], response: list[int]) -> Example:
+    n = len(response)
+    targets = Targets(
+        np.array(response, dtype=np.int32),
+        np.full((n, 2), -1, dtype=np.int32),
+        np.full((n, 2), -np.inf, dtype=np.float32),
+        np.zeros(n, dtype=bool),
+    )
+    return Example(prompt, targets)
+
+
+def test_each_row_is_scored_at_the_position_before_its_token() -> None:
+    batch = collate([example([1, 2, 3], [4, 5, 9]), example([6], [7, 9])])
+    assert batch.ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]]
+    before = batch.ids.flatten()[batch.positions]
+    assert before.tolist() == [3, 4, 5, 6, 7]
+    assert batch.rows.student_ids.tolist() == [4, 5, 9, 7, 9]
+
+
+def test_moving_a_batch_keeps_it() -> None:
+    batch = collate([example([1], [2, 9])]).to(torch.device("cpu"))
+    assert len(batch.rows) == 2 and batch.rows.top_ids.dtype == torch.int64
+
+
+EXAMPLES = [example([1] * (1 + n * 7 % 12), [2, 9]) for n in range(12)]
+
+
+def test_every_epoch_holds_every_example_once_and_is_repeatable() -> None:
+    taken = [i for batch in islice(batch_indices(EXAMPLES, 4, random_seed=3), 6) for i in batch]
+    assert sorted(taken[:12]) == sorted(taken[12:]) == list(range(12))
+    assert taken[:12] != taken[12:]
+    assert taken == [i for batch in islice(batch_indices(EXAMPLES, 4, random_seed=3), 6) for i in batch]
+
+
+def test_what_an_epoch_leaves_over_comes_first_in_the_next() -> None:
+    taken = [i for batch in islice(batch_indices(EXAMPLES[:10], 4, 0), 5) for i in batch]
+    assert sorted(taken) == sorted([*range(10), *range(10)])
+
+
+def test_more_per_batch_than_there_are_examples() -> None:
+    assert sorted(next(batch_indices(EXAMPLES[:2], 4, 0))) == [0, 0, 1, 1]
+
+
+def test_batches_hold_examples_of_like_length() -> None:
+    for batch in islice(batch_indices(EXAMPLES, 4, 0), 3):
+        lengths = sorted(EXAMPLES[i].length for i in batch)
+        assert lengths[-1] - lengths[0] == 3, "the 12 lengths, sorted, in three parts"
+
+
+def test_a_resumed_order_goes_on_where_it_stood() -> None:
+    whole = list(islice(batch_indices(EXAMPLES[:10], 4, 0), 9))
+    assert list(islice(batch_indices(EXAMPLES[:10], 4, 0), 5, 9)) == whole[5:]
+
+
+def test_micro_batches_hold_every_example_once_and_sort_by_length() -> None:
+    examples = [example([1] * n, [2, 9]) for n in (5, 1, 4, 2)]
+    parts = micro_batches(examples, 2)
+    assert [[len(e.prompt_ids) for e in part] for part in parts] == [[1, 2], [4, 5]]
