@@ -52,7 +52,7 @@ def run(pair: Path) -> Path:
 @contextmanager
 def head_node() -> Iterator[Callable[..., None]]:
     """A Ray cluster outside this process; yields a function that runs the `ray` command against it."""
-    port, jobs = free_port("127.0.0.1", 0), free_port("127.0.0.1", 0)
+    port, jobs, agent = (free_port("127.0.0.1", 0) for _ in range(3))
     environment = {
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -64,8 +64,11 @@ def head_node() -> Iterator[Callable[..., None]]:
     def ray_command(*arguments: str | Path) -> None:
         subprocess.run([BIN / "ray", *arguments], env=environment, cwd=ROOT, check=True)
 
-    options = ["--head", "--block", f"--port={port}", f"--dashboard-port={jobs}", "--disable-usage-stats"]
-    node = subprocess.Popen([BIN / "ray", "start", *options], env=environment)
+    # Without a port of its own the agent that starts jobs gives up where another Ray still holds the usual one.
+    ports = [f"--port={port}", f"--dashboard-port={jobs}", f"--dashboard-agent-listen-port={agent}"]
+    node = subprocess.Popen(
+        [BIN / "ray", "start", "--head", "--block", "--disable-usage-stats", *ports], env=environment
+    )
     try:
         for attempt in range(20):
             with suppress(subprocess.CalledProcessError):
