@@ -66,7 +66,7 @@ def transfer(
         return
     for adapter in result.adapters:
         print(f"adapter: {adapter.folder}")
-        print(f"report:  {result.run}/evaluate/{adapter.name}/report.md")
+        print(f"report:  {result.run}/evaluate/{adapter.name}/report.html")
 
 
 @app.command()
@@ -108,6 +108,24 @@ def status(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders: paths or URIs.")],
+    as_json: Json = False,
+) -> None:
+    """Show the scores of finished runs side by side, with 95% intervals."""
+    from dataclasses import asdict
+
+    from crosslora.compare import compare as run
+    from crosslora.compare import show
+
+    rows = run(runs)
+    if as_json:
+        _print_json([asdict(row) for row in rows])
+    else:
+        show(rows)
+
+
+@app.command()
 def serve(
     places: Annotated[
         list[str], typer.Argument(metavar="RUN_OR_ADAPTER...", help="Run or PEFT folders: paths or URIs.")
@@ -127,6 +145,10 @@ def serve(
     ] = None,
     gpus: Annotated[int, typer.Option(min=0, help="GPUs of the engine; 0 serves on CPU.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: all]")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="CROSSLORA_API_KEY", help="Token that every request to /v1 must then carry."),
+    ] = None,
 ) -> None:
     """Serve moved adapters and their base, OpenAI-compatible, until Ctrl-C."""
     from crosslora.serve import serve as run
@@ -140,6 +162,7 @@ def serve(
         max_model_len=max_model_len,
         num_gpus=gpus,
         threads=threads,
+        api_key=api_key,
     )
 
 

@@ -28,16 +28,21 @@ class Meter:
         self.title, self.total, self.unit, self.done = title, total, unit, 0
         self._bar = bar
         self._task = None if bar is None else bar.add_task(title, total=total, note="")
-        self._started = self._last_line = time.monotonic()
+        self._last_line = time.monotonic()
+        self._began: float | None = None
         self._first = 0
 
     def start_at(self, done: int) -> None:
         """Work found done already: it counts, but not in the rate."""
-        self.done = self._first = done
+        self.done = done
         self.advance(0)
 
     def advance(self, amount: int, note: str = "") -> None:
         self.done += amount
+        if (
+            amount and self._began is None
+        ):  # the rate begins with the first piece: before it, engines may load
+            self._began, self._first = time.monotonic(), self.done
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, note=f"{self._rate():.3g} {self.unit}/s {note}")
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES or self.done >= self.total:
@@ -45,7 +50,9 @@ class Meter:
             print(self._line(note), file=sys.stderr, flush=True)
 
     def _rate(self) -> float:
-        return (self.done - self._first) / max(time.monotonic() - self._started, 1e-9)
+        if self._began is None:
+            return 0.0
+        return (self.done - self._first) / max(time.monotonic() - self._began, 1e-9)
 
     def _line(self, note: str) -> str:
         rate = self._rate()

@@ -62,6 +62,7 @@ def serve(
     max_model_len: int | None,
     num_gpus: float,
     threads: int | None,
+    api_key: str | None,
 ) -> None:
     """Serve the adapters of `places` (run folders or PEFT folders, paths or URIs) until Ctrl-C.
 
@@ -84,8 +85,14 @@ def serve(
             tokenizer=folder if (folder / TOKENIZER).is_file() else None,
             num_gpus=num_gpus,
             threads=threads,
+            api_key=api_key,
         ) as endpoint:
-            print(f"serving {', '.join(endpoint.models)} at {endpoint.url} (Ctrl-C stops it)", flush=True)
+            page = endpoint.url.removesuffix("v1")
+            print(
+                f"serving {', '.join(endpoint.models)} at {endpoint.url}; a page to try them: {page}",
+                flush=True,
+            )
+            print("Ctrl-C stops it", flush=True)
             with suppress(KeyboardInterrupt):
                 threading.Event().wait()
 

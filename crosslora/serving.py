@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from fastapi.responses import HTMLResponse
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
@@ -59,14 +60,15 @@ def serve_models(
     num_gpus: float = 0,
     threads: int | None = None,
     wait_seconds: float = WAIT_SECONDS,
+    api_key: str | None = None,
 ) -> Iterator[Endpoint]:
     """Serve `base` as model `name` and each PEFT folder of `adapters` under its key, until the block is left.
 
     Every adapter is shown to act before the block is entered. Joins the Ray cluster of this process, or starts one.
     `port` 0 picks a free one. `chat_template` is Jinja text or a file; without it (and without `tokenizer`, a folder)
     vLLM uses the base's. `threads` None uses all CPUs of the largest node. `wait_seconds`: how long to wait for what
-    the replica needs. Nothing is left running after the block,
-    nor after this process is killed. Raises UserError for a taken port, a folder that cannot be served, an adapter
+    the replica needs. With `api_key`, requests need it as their bearer token. A page to try the models is at `/`.
+    Nothing is left running after the block, nor after this process is killed. Raises UserError for a taken port, a folder that cannot be served, an adapter
     that changes nothing, too few resources, and where Ray Serve already runs on the cluster.
     """
     if name in adapters:
@@ -81,6 +83,7 @@ def serve_models(
         "max_model_len": max_model_len,
         "max_num_seqs": MAX_SEQUENCES,
         "disable_log_stats": True,
+        "api_key": [api_key] if api_key else None,
         "worker_extension_cls": "crosslora.vllm_worker.EndsWithReplica",
         **_device_options(num_gpus),
         **lora_options(adapters.values()),
@@ -90,7 +93,7 @@ def serve_models(
         actor = _actor_options(num_gpus, threads, wait_seconds)
         app = VllmServer.options(ray_actor_options=actor).bind(options, paths, lifeline)  # type: ignore[attr-defined]
         with _running(app, options["model"], host, free_port(host, port)) as url:
-            _check_adapters_act(url, name, adapters)
+            _check_adapters_act(url, name, adapters, api_key)
             yield Endpoint(url, [name, *adapters])
 
 
@@ -145,6 +148,7 @@ class VllmServer:
         await self._engine.collective_rpc("end_with", args=(os.getpid(),))
         tasks = await self._engine.get_supported_tasks()
         app = build_app(args, tasks, self._engine.model_config)
+        app.add_api_route("/", _page, response_class=HTMLResponse, include_in_schema=False)
         await init_app_state(self._engine, app.state, args, tasks)
         return app
 
@@ -238,24 +242,29 @@ def free_port(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def _check_adapters_act(url: str, name: str, adapters: dict[str, Path]) -> None:
+def _page() -> str:
+    """What the endpoint shows in a browser."""
+    return Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+
+
+def _check_adapters_act(url: str, name: str, adapters: dict[str, Path], api_key: str | None = None) -> None:
     """Raise UserError on an adapter with which the endpoint gives the base's logprobs."""
-    without = _logprobs(url, name)
+    without = _logprobs(url, name, api_key)
     for adapter, path in adapters.items():
-        if _logprobs(url, adapter) == without:
+        if _logprobs(url, adapter, api_key) == without:
             raise UserError(
                 f"{path}: served as {adapter!r} it changes nothing (the same logprobs as {name!r}); "
                 "check that its B matrices are not zero, and that it belongs to this base"
             )
 
 
-def _logprobs(url: str, model: str) -> list[float | None]:
+def _logprobs(url: str, model: str, api_key: str | None) -> list[float | None]:
+    """log p of every token of PROBE. Goes straight to the endpoint, whatever proxy the environment names."""
     body = {"model": model, "prompt": PROBE, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 0}
-    return _post(f"{url}/completions", body)["choices"][0]["logprobs"]["token_logprobs"]
-
-
-def _post(url: str, body: dict[str, Any]) -> Any:
-    """Straight to the endpoint, whatever proxy the environment names."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"} | (
+        {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    )
+    request = urllib.request.Request(f"{url}/completions", json.dumps(body).encode(), headers)
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
-        return json.load(answer)
+        logprobs: list[float | None] = json.load(answer)["choices"][0]["logprobs"]["token_logprobs"]
+        return logprobs

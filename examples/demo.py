@@ -27,7 +27,7 @@ def main() -> None:
         print(f"{model:12} {means}, ended {scores['ended']:.3f}")
     print(f"rho_teacher {json.dumps(task['rho_teacher'])}")
     print(f"adapter: {moved.folder}")
-    print(f"report:  {result.run}/evaluate/{moved.name}/report.md")
+    print(f"report:  {result.run}/evaluate/{moved.name}/report.html")
     print(f"serve it: .venv/bin/crosslora serve {shlex.quote(result.run)}")
     metrics = task["models"]["student"]["metrics"]
     low = [name for name, least in LEAST.items() if metrics[name]["mean"] < least]

@@ -1,4 +1,7 @@
-"""The whole transfer on a tiny pair, as a Ray job: vLLM, Ray Train with DeepSpeed on two workers, Ray Serve, peft."""
+"""The whole transfer on a tiny pair: vLLM, Ray Train with DeepSpeed on two workers, Ray Serve, peft.
+
+Where test_interruptions.py ran before, the Ray job goes on with the run that it left in the middle of fitting.
+"""
 
 import json
 import os
@@ -15,7 +18,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,7 +28,8 @@ from crosslora.errors import UserError
 from crosslora.run_folder import RunFolder, stage_states
 from crosslora.serving import free_port
 from crosslora.training.fit import check_corpus, fit
-from tests.tiny_pair import make_pair, tiny_config
+from tests.interrupt import Transfer, events
+from tests.tiny_pair import tiny_config
 
 pytestmark = pytest.mark.real
 CORPUS = ("synthesize/tiny", "filter/tiny")
@@ -35,14 +38,8 @@ BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pair(tmp_path_factory.mktemp("tiny pair"))
-
-
-@pytest.fixture(scope="module")
 def run(pair: Path) -> Path:
-    """A finished run, made by ray_jobs/transfer.py under `ray job submit` on a cluster of one node."""
-    (pair / "config.yaml").write_text(yaml.safe_dump(tiny_config(pair, pair / "run").model_dump(mode="json")))
+    """The run, ended (or made, where nothing began it) by `ray job submit` on a cluster of one node."""
     job = ["python", "ray_jobs/transfer.py", "--config", pair / "config.yaml", "cluster.address=auto"]
     with head_node() as ray_command:
         ray_command("job", "submit", "--working-dir", ".", "--", *job)
@@ -106,6 +103,18 @@ def test_the_result_is_an_ordinary_adapter_that_acts(pair: Path, run: Path) -> N
     assert not torch.allclose(plain, adapted, atol=1e-3)
 
 
+def test_an_interrupted_fit_went_on_from_a_checkpoint(pair: Path, run: Path) -> None:
+    fitted = events(pair, "fit")
+    resumed = [event["step"] for event in fitted if event["event"] == "resumed"]
+    if not resumed:
+        pytest.skip("test_interruptions.py did not run before")
+    assert resumed[0] >= 8, "what was checkpointed before Ctrl-C at step 10"
+    steps = [event["step"] for event in fitted if event["event"] == "step"]
+    redone = {step for step in steps if steps.count(step) > 1}
+    assert len(redone) <= 4, "at most checkpoint_every steps are done again"
+    assert set(steps) == set(range(1, 41))
+
+
 def test_too_little_coverage_is_refused_before_a_worker_starts(pair: Path, run: Path) -> None:
     stage = RunFolder.open(str(run)).stage("fit/floor", {})
     with pytest.raises(UserError, match=r"coverage 0\.\d+ is below fit.min_coverage = 1.0"):
@@ -116,11 +125,11 @@ def test_done_work_is_not_done_again(pair: Path, run: Path) -> None:
     started = time.monotonic()
     crosslora.transfer(tiny_config(pair, run))
     assert time.monotonic() - started < 30
-    assert (run / "synthesize/tiny/events.jsonl").read_text().count('"start"') == 1
+    assert [event["event"] for event in events(pair, "evaluate")].count("start") == 1
 
 
 def test_changed_inputs_are_refused_with_the_difference(pair: Path, run: Path) -> None:
-    with pytest.raises(UserError, match=r"fit\.steps: 12 -> 13.*--redo fit"):
+    with pytest.raises(UserError, match=r"fit\.steps: 40 -> 13.*--redo fit"):
         crosslora.transfer(tiny_config(pair, run, steps=13))
 
 
@@ -171,3 +180,15 @@ def test_a_killed_worker_resumes_with_the_same_losses(pair: Path, run: Path) -> 
     undisturbed = _losses(config, run, "fit/undisturbed")
     disturbed = _losses(config, run, "fit/disturbed", kill_after=15)
     assert disturbed == pytest.approx(undisturbed, abs=1e-6)
+
+
+def test_killed_in_evaluation(pair: Path, run: Path) -> None:
+    """The last test: the run's evaluation is gone after it."""
+    transfer = Transfer(pair, "--redo", "evaluate")
+    while (run / "evaluate/tiny/manifest.json").exists():
+        assert transfer.process.poll() is None, "the transfer ended by itself"
+        time.sleep(0.1)
+    transfer.wait_for("evaluate", '"start"')
+    time.sleep(5)  # Ray Serve is starting its first replica
+    assert transfer.stop(signal.SIGKILL) == -signal.SIGKILL
+    assert (run / "export/tiny/manifest.json").exists()

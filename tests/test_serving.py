@@ -7,9 +7,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,20 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import ray
 import torch
-from openai import OpenAI
+from openai import AuthenticationError, OpenAI
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from crosslora import cluster
 from crosslora.config import Cluster
 from crosslora.errors import UserError
-from crosslora.serving import Endpoint, _check_adapters_act, serve_models
+from crosslora.serving import _check_adapters_act, serve_models
 from crosslora.vllm_settings import environment, lora_options
 from tests.tiny import load_tokenizer, tiny_llama, tiny_lora
 
 IDS = [72, 101, 40, 7, 200, 31, 310, 55, 101, 9]
+KEY = "a key"
+MODELS = ["base", "one", "two"]
 ENGINE = ("VLLM::", "multiprocessing.spawn")
 """vLLM's engine, named and not yet named."""
 SETTINGS: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "threads": 1}
@@ -43,10 +46,9 @@ class Folders:
 
 @dataclass(frozen=True)
 class Server:
-    endpoint: Endpoint
+    driver: subprocess.Popen[str]
+    url: str
     client: OpenAI
-    stop: Callable[[], None]
-    """Ends the server and leaves Ray running."""
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +61,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 @pytest.fixture(scope="module")
 def server(folders: Folders) -> Iterator[Server]:
-    with cluster.session(Cluster()), ExitStack() as stack:
-        endpoint = stack.enter_context(serve_models(folders.base, "base", folders.adapters, **SETTINGS))
-        client = OpenAI(base_url=endpoint.url, api_key="none", max_retries=0)
-        yield Server(endpoint, client, stack.close)
+    """The command, with two adapters and with a Ray of its own."""
+    with _driver(folders, ["one", "two"], CROSSLORA_API_KEY=KEY) as driver:
+        url = _url(driver)
+        yield Server(driver, url, OpenAI(base_url=url, api_key=KEY, max_retries=0))
 
 
 def test_a_taken_port_is_refused_before_ray_starts(folders: Folders) -> None:
@@ -109,8 +111,21 @@ def test_the_environment_keeps_what_the_user_set(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.real
 def test_the_base_and_its_adapters_are_listed(server: Server) -> None:
-    assert server.endpoint.models == ["base", "one", "two"]
-    assert [model.id for model in server.client.models.list()] == server.endpoint.models
+    assert [model.id for model in server.client.models.list()] == MODELS
+
+
+@pytest.mark.real
+def test_a_request_without_the_key_is_refused(server: Server) -> None:
+    with pytest.raises(AuthenticationError):
+        server.client.with_options(api_key="another").models.list()
+
+
+@pytest.mark.real
+def test_the_page_needs_no_key_and_loads_nothing_from_elsewhere(server: Server) -> None:
+    with urllib.request.urlopen(server.url.removesuffix("v1")) as answer:
+        page = answer.read().decode()
+    assert "<title>crosslora</title>" in page
+    assert not re.findall(r"(?:https?:)?//\w", page)
 
 
 @pytest.mark.real
@@ -145,8 +160,8 @@ def test_chat_uses_the_template_of_the_base(server: Server, folders: Folders) ->
 def test_logprobs_in_a_mixed_batch_are_those_of_peft(server: Server, folders: Folders) -> None:
     """Echo with an adapter also shows that the head is not wrapped for LoRA, which would kill the engine."""
     with ThreadPoolExecutor(24) as pool:
-        served = list(pool.map(lambda model: _echoed(server.client, model), server.endpoint.models * 8))
-    expected = [_expected(folders, model) for model in server.endpoint.models]
+        served = list(pool.map(lambda model: _echoed(server.client, model), MODELS * 8))
+    expected = [_expected(folders, model) for model in MODELS]
     for row, reference in zip(served, expected * 8, strict=True):
         torch.testing.assert_close(row, reference, atol=2e-4, rtol=0)
     base, one, two = served[:3]
@@ -156,14 +171,13 @@ def test_logprobs_in_a_mixed_batch_are_those_of_peft(server: Server, folders: Fo
 @pytest.mark.real
 def test_an_adapter_that_changes_nothing_is_named(server: Server, folders: Folders) -> None:
     with pytest.raises(UserError, match="idle: served as 'base' it changes nothing"):
-        _check_adapters_act(
-            server.endpoint.url, "base", {"one": folders.adapters["one"], "base": Path("idle")}
-        )
+        _check_adapters_act(server.url, "base", {"one": folders.adapters["one"], "base": Path("idle")}, KEY)
 
 
 @pytest.mark.real
 def test_a_second_server_on_the_cluster_is_refused(server: Server, folders: Folders) -> None:
     with (
+        cluster.session(Cluster(address="auto")),
         pytest.raises(UserError, match="Ray Serve already runs"),
         serve_models(folders.base, "base", {}, **SETTINGS),
     ):
@@ -172,18 +186,21 @@ def test_a_second_server_on_the_cluster_is_refused(server: Server, folders: Fold
 
 
 @pytest.mark.real
-def test_nothing_is_left_when_the_block_ends(server: Server) -> None:
+def test_nothing_is_left_after_ctrl_c(server: Server) -> None:
     started = _serving_processes()
     assert _has_engine(started)
-    server.stop()
+    server.driver.send_signal(signal.SIGINT)
+    assert server.driver.wait(60) == 0
     _assert_gone(started)
 
 
 @pytest.mark.real
-def test_nothing_is_left_when_the_driver_is_killed(server: Server, folders: Folders) -> None:
+def test_nothing_is_left_when_the_driver_is_killed(folders: Folders) -> None:
     """Killed while vLLM starts, on a cluster that goes on: there the actors of Ray Serve would outlive their driver."""
-    server.stop()
-    with _driver(folders, {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}) as driver:
+    with (
+        cluster.session(Cluster()),
+        _driver(folders, ["one"], RAY_ADDRESS=ray.get_runtime_context().gcs_address) as driver,
+    ):
         while not _has_engine(started := _serving_processes()):
             assert driver.poll() is None
             time.sleep(0.1)
@@ -193,25 +210,10 @@ def test_nothing_is_left_when_the_driver_is_killed(server: Server, folders: Fold
 
 
 @pytest.mark.real
-def test_the_command_serves_until_ctrl_c(folders: Folders) -> None:
-    with _driver(folders, {}) as driver:
-        client = OpenAI(base_url=_url(driver), api_key="none", max_retries=0)
-        assert [model.id for model in client.models.list()] == ["base", "one"]
-        chat = client.chat.completions.create(
-            model="one", messages=[{"role": "user", "content": "hello"}], max_tokens=4
-        )
-        assert chat.choices[0].message.content
-        started = _serving_processes()
-        driver.send_signal(signal.SIGINT)
-        assert driver.wait(60) == 0
-        _assert_gone(started)
-
-
-@pytest.mark.real
 @pytest.mark.slow
 def test_no_engine_is_left_when_ray_breaks(folders: Folders) -> None:
     """Without its head process Ray ends its actors, but not their children."""
-    with _driver(folders, {}) as driver:
+    with _driver(folders, ["one"]) as driver:
         _url(driver)
         started = _serving_processes()
         assert _has_engine(started)
@@ -224,17 +226,11 @@ def test_no_engine_is_left_when_ray_breaks(folders: Folders) -> None:
 
 
 @contextmanager
-def _driver(folders: Folders, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """`crosslora serve` with a tiny adapter, in a process of its own."""
-    options = [
-        "--base",
-        str(folders.base),
-        "--dtype=float32",
-        "--max-model-len=256",
-        "--threads=1",
-        "--port=0",
-    ]
-    command = [sys.executable, "-m", "crosslora", "serve", str(folders.adapters["one"]), *options]
+def _driver(folders: Folders, names: list[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """`crosslora serve` with tiny adapters, in a process of its own."""
+    options = [f"--base={folders.base}", "--dtype=float32", "--max-model-len=256", "--threads=1", "--port=0"]
+    places = [str(folders.adapters[name]) for name in names]
+    command = [sys.executable, "-m", "crosslora", "serve", *places, *options]
     with subprocess.Popen(
         command, env=os.environ | environment, stdout=subprocess.PIPE, text=True
     ) as process:

@@ -1,11 +1,13 @@
-"""report.md and its chart, from results.json alone."""
+"""report.html, report.md and its chart, from results.json alone."""
 
 from __future__ import annotations
 
 import io
 from typing import Any
 
+import jinja2
 import matplotlib
+import yaml
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -18,8 +20,10 @@ OTHERS = "#c9ced6"
 
 
 def write_report(stage: Stage, results: dict[str, Any]) -> None:
+    adapter = stage.name.rpartition("/")[2]
     stage.folder.write_bytes(f"{stage.name}/chart.png", chart(results))
     stage.folder.write_bytes(f"{stage.name}/report.md", report(results).encode())
+    stage.folder.write_bytes(f"{stage.name}/report.html", html_report(results, adapter).encode())
 
 
 def report(results: dict[str, Any]) -> str:
@@ -34,6 +38,25 @@ def report(results: dict[str, Any]) -> str:
     lines += ["## Provenance", "", f"crosslora {results['crosslora']}; {packages}.", ""]
     lines += [f"From `{source}` to `{target}`. Intervals: 95%, bootstrap over items.", ""]
     return "\n".join(lines)
+
+
+def html_report(results: dict[str, Any], adapter: str) -> str:
+    """One page that needs nothing beside it: report.html.j2, filled."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("crosslora.evaluation", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["number"] = lambda value: f"{value:.3f}"
+    environment.filters["percent"] = lambda value, digits=0: f"{value:.{digits}%}"
+    config = results["config"]
+    page: str = environment.get_template("report.html.j2").render(
+        {**results, "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True)},
+        adapter=adapter,
+        source=config["source"]["base"],
+        target=config["target"]["base"],
+    )
+    return page
 
 
 def _distance(kl: dict[str, float]) -> str:

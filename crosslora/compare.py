@@ -1,0 +1,87 @@
+"""Several finished runs side by side, from their results.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from crosslora.errors import UserError
+from crosslora.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task of one adapter of one run. Scores are [mean, low, high] of the task's headline metric."""
+
+    run: str
+    adapter: str
+    task: str
+    metric: str
+    n: int
+    target_base: list[float]
+    student: list[float]
+    teacher: list[float] | None
+    rho_teacher: list[float] | None
+    """None where the teacher is the reference, or where there is nothing to recover."""
+
+
+def compare(runs: Sequence[str]) -> list[Row]:
+    """A row per run, adapter and task; raises UserError for a folder that is no run or not evaluated yet."""
+    rows = []
+    for run in runs:
+        folder = RunFolder.open(run)
+        if not folder.exists("run.json"):
+            raise UserError(f"{run}: holds no run.json; give the folder of a run")
+        for adapter in folder.read_json("run.json")["config"]["adapters"]:
+            file = f"evaluate/{adapter['name']}/results.json"
+            if not folder.exists(file):
+                raise UserError(
+                    f"{run}: {adapter['name']} is not evaluated; run `crosslora transfer` to its end"
+                )
+            tasks = folder.read_json(file)["tasks"]
+            rows += [_row(run, adapter["name"], task, result) for task, result in tasks.items()]
+    return rows
+
+
+def _row(run: str, adapter: str, task: str, result: dict[str, Any]) -> Row:
+    metric = result["metric"]
+
+    def score(model: str) -> list[float]:
+        return _three(result["models"][model]["metrics"][metric], "mean")
+
+    rho = result.get("rho_teacher")
+    return Row(
+        run=run,
+        adapter=adapter,
+        task=task,
+        metric=metric,
+        n=result["n"],
+        target_base=score("target_base"),
+        student=score("student"),
+        teacher=score("teacher") if "teacher" in result["models"] else None,
+        rho_teacher=_three(rho, "value") if rho and rho["value"] is not None else None,
+    )
+
+
+def _three(summary: dict[str, float], centre: str) -> list[float]:
+    return [summary[centre], summary["low"], summary["high"]]
+
+
+def show(rows: Sequence[Row]) -> None:
+    table = Table()
+    for column in ("run", "adapter", "task", "metric"):
+        table.add_column(column, overflow="fold")
+    for column in ("n", "target base", "student", "teacher", "rho_teacher"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        scores = (row.target_base, row.student, row.teacher, row.rho_teacher)
+        table.add_row(row.run, row.adapter, row.task, row.metric, str(row.n), *map(_cell, scores))
+    Console(highlight=False).print(table)
+
+
+def _cell(score: list[float] | None) -> str:
+    return "" if score is None else f"{score[0]:.3f}\n[dim]{score[1]:.3f}-{score[2]:.3f}[/dim]"

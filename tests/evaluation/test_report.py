@@ -1,0 +1,58 @@
+"""The reports say what results.json says, and the HTML one needs nothing beside it."""
+
+import re
+from typing import Any
+
+import pytest
+
+from crosslora.evaluation.report import html_report, report
+
+
+def score(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - 0.02, "high": mean + 0.02}
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    means = {"teacher": 0.8, "target_base": 0.1, "student": 0.7}
+    models = {name: {"n": 50, "metrics": {"f1": score(mean)}, "ended": 1.0} for name, mean in means.items()}
+    examples = [{"prompt": "<b>bold</b>?", "reference": "a | b", "answers": dict.fromkeys(models, "x < y")}]
+    rho = {"value": 0.857, "low": 0.8, "high": 0.91, "reason": None}
+    told = {"metric": "f1", "n": 50, "models": models, "examples": examples, "rho_teacher": rho}
+    none = {
+        "value": None,
+        "low": None,
+        "high": None,
+        "reason": "nothing to recover: the teacher gains nothing",
+    }
+    held_out = {"metric": "f1", "n": 50, "models": {"student": models["student"]}, "examples": []}
+    return {
+        "crosslora": "0.0",
+        "packages": {"torch": "2"},
+        "config": {"source": {"base": "old"}, "target": {"base": "new"}},
+        "tasks": {"told": told, "flat": {**told, "rho_teacher": none}, "held_out": held_out},
+        "held_out_kl": {"target_base": 2.5, "student": 0.125},
+    }
+
+
+def test_the_page_says_how_much_survived(results: dict[str, Any]) -> None:
+    page = " ".join(
+        re.sub(r"<style>.*</style>|<[^>]+>", " ", html_report(results, "mine"), flags=re.S).split()
+    )
+    assert "mine: from old to new" in page
+    assert "86% of the teacher's gain on told (f1) arrived 95% interval 80% to 91%, n = 50" in page
+    assert "nothing to recover: the teacher gains nothing" in page
+    assert "0.700 agreement with the teacher on held_out" in page
+    assert "0.125 nats per token" in page
+
+
+def test_the_page_is_self_contained_and_escaped(results: dict[str, Any]) -> None:
+    page = html_report(results, "mine")
+    assert "<b>bold" not in page and "&lt;b&gt;bold&lt;/b&gt;?" in page and "x &lt; y" in page
+    assert not re.findall(r"""(?:src|href)="(?!data:)|url\(|@import|https?:""", page)
+
+
+def test_markdown_cells_stay_cells(results: dict[str, Any]) -> None:
+    text = report(results)
+    assert "recovers 86% of the teacher's gain" in text
+    assert "| reference | a \\| b |" in text
