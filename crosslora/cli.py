@@ -108,6 +108,29 @@ def status(
 
 
 @app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="Run folder: a path or URI.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")] = "mmlu,gsm8k",
+    task_data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Take mmlu and gsm8k from DIR/mmlu/test/*.csv and DIR/gsm8k_*.jsonl."
+        ),
+    ] = None,
+    items: Annotated[int | None, typer.Option(min=1, help="Most items of a task.  [default: all]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put standard benchmarks to the teacher, the target base and the student of a finished run."""
+    from crosslora.evaluation.harness import evaluate_run, find_benchmarks, show
+
+    results = evaluate_run(run, find_benchmarks(tasks.split(","), task_data, items))
+    if as_json:
+        _print_json(results)
+    else:
+        show(results)
+
+
+@app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders: paths or URIs.")],
     as_json: Json = False,

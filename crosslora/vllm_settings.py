@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crosslora.adapter_header import AdapterHeader, read_header
+from crosslora.cluster import KEEP_FREED_MEMORY
 from crosslora.errors import UserError
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -34,6 +35,7 @@ def environment(threads: int, num_gpus: float = 0) -> dict[str, str]:
         # The model runs eagerly on CPU. What is left to compile (the rank of a logprob) would need a C++ compiler,
         # and torch's call of it breaks on a space in the path of the environment.
         variables["TORCHDYNAMO_DISABLE"] = "1"
+        variables |= KEEP_FREED_MEMORY
     return variables
 
 

@@ -25,10 +25,12 @@ import crosslora
 from crosslora import cluster
 from crosslora.config import Config
 from crosslora.errors import UserError
+from crosslora.evaluation.harness import evaluate_run, find_benchmarks
 from crosslora.run_folder import RunFolder, stage_states
 from crosslora.serving import free_port
 from crosslora.training.fit import check_corpus, fit
 from tests.interrupt import Transfer, events
+from tests.tiny import write_benchmarks
 from tests.tiny_pair import tiny_config
 
 pytestmark = pytest.mark.real
@@ -180,6 +182,18 @@ def test_a_killed_worker_resumes_with_the_same_losses(pair: Path, run: Path) -> 
     undisturbed = _losses(config, run, "fit/undisturbed")
     disturbed = _losses(config, run, "fit/disturbed", kill_after=15)
     assert disturbed == pytest.approx(undisturbed, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_standard_benchmarks_of_a_run(run: Path, tmp_path: Path) -> None:
+    write_benchmarks(tmp_path)
+    results = evaluate_run(str(run), find_benchmarks(["mmlu", "gsm8k"], tmp_path, 4))
+    tasks = results["tiny"]["tasks"]
+    assert {name: (task["n"], set(task["models"])) for name, task in tasks.items()} == {
+        "mmlu": (4, {"teacher", "target_base", "student"}),
+        "gsm8k": (2, {"teacher", "target_base", "student"}),
+    }
+    assert json.loads((run / "harness/tiny/results.json").read_text()) == results["tiny"]
 
 
 def test_killed_in_evaluation(pair: Path, run: Path) -> None:

@@ -26,9 +26,10 @@ from transformers import AutoModelForCausalLM
 from crosslora import cluster
 from crosslora.config import Cluster
 from crosslora.errors import UserError
+from crosslora.evaluation.harness import ask_harness, find_benchmarks
 from crosslora.serving import _check_adapters_act, serve_models
 from crosslora.vllm_settings import environment, lora_options
-from tests.tiny import load_tokenizer, tiny_llama, tiny_lora
+from tests.tiny import load_tokenizer, tiny_llama, tiny_lora, write_benchmarks
 
 IDS = [72, 101, 40, 7, 200, 31, 310, 55, 101, 9]
 KEY = "a key"
@@ -169,6 +170,20 @@ def test_logprobs_in_a_mixed_batch_are_those_of_peft(server: Server, folders: Fo
 
 
 @pytest.mark.real
+def test_the_harness_gives_the_likelihoods_of_peft(
+    server: Server, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    write_benchmarks(tmp_path)
+    benchmarks = find_benchmarks(["mmlu", "gsm8k"], tmp_path, None)
+    scores = ask_harness(server.url, "one", str(folders.base), benchmarks)
+    assert [(metric, len(values)) for metric, values in scores.values()] == [("acc", 6), ("exact_match", 2)]
+    (task,) = benchmarks.definitions[:1]
+    expected = [_mmlu_is_right(folders, row) for row in task["custom_dataset"]()["test"]]
+    assert scores["mmlu"][1].tolist() == expected
+
+
+@pytest.mark.real
 def test_an_adapter_that_changes_nothing_is_named(server: Server, folders: Folders) -> None:
     with pytest.raises(UserError, match="idle: served as 'base' it changes nothing"):
         _check_adapters_act(server.url, "base", {"one": folders.adapters["one"], "base": Path("idle")}, KEY)
@@ -228,7 +243,7 @@ def test_no_engine_is_left_when_ray_breaks(folders: Folders) -> None:
 @contextmanager
 def _driver(folders: Folders, names: list[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
     """`crosslora serve` with tiny adapters, in a process of its own."""
-    options = [f"--base={folders.base}", "--dtype=float32", "--max-model-len=256", "--threads=1", "--port=0"]
+    options = [f"--base={folders.base}", "--dtype=float32", "--max-model-len=512", "--threads=1", "--port=0"]
     places = [str(folders.adapters[name]) for name in names]
     command = [sys.executable, "-m", "crosslora", "serve", *places, *options]
     with subprocess.Popen(
@@ -265,6 +280,26 @@ def _expected(folders: Folders, model: str) -> torch.Tensor:
     with torch.no_grad():
         logprobs = reference(torch.tensor([IDS])).logits[0].log_softmax(-1)
     return logprobs[:-1].gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
+
+
+def _mmlu_is_right(folders: Folders, row: dict[str, Any]) -> float:
+    """Whether adapter `one` prefers the right letter, with transformers and PEFT in float32."""
+    tokenizer = load_tokenizer(folders.base)
+    choices = "".join(f"{letter}. {text}\n" for letter, text in zip("ABCD", row["choices"], strict=True))
+    subject = f"The following are multiple choice questions (with answers) about {row['subject']}."
+    prompt = f"{subject}\n\n{row['question']}\n{choices}Answer:"
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folders.base, dtype=torch.float32), folders.adapters["one"]
+    )
+    context = tokenizer(prompt)["input_ids"]
+    likelihoods = []
+    for letter in "ABCD":
+        ids = torch.tensor([tokenizer(f"{prompt} {letter}")["input_ids"]])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+        own = logprobs.gather(1, ids[0, 1:, None])[len(context) - 1 :]
+        likelihoods.append(float(own.sum()))
+    return float(likelihoods.index(max(likelihoods)) == row["answer"])
 
 
 def _serving_processes() -> dict[psutil.Process, str]:

@@ -237,3 +237,13 @@ def _wrapped(tokenizer: Tokenizer, bos: str, eos: str, pad: str) -> PreTrainedTo
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(folder)
+
+
+def write_benchmarks(folder: Path) -> None:
+    """Six questions like MMLU's and two problems like GSM8K's, in the files that `crosslora evaluate` reads."""
+    (folder / "mmlu/test").mkdir(parents=True)
+    lines = [f"Which is number {i}?,one,two,three,four,{'ABCD'[i % 4]}" for i in range(6)]
+    (folder / "mmlu/test/counting_test.csv").write_text("\n".join(lines) + "\n")
+    problems = [json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) for i in range(7)]
+    (folder / "gsm8k_train.jsonl").write_text("\n".join(problems[:5]) + "\n")
+    (folder / "gsm8k_test.jsonl").write_text("\n".join(problems[5:]) + "\n")

@@ -26,14 +26,6 @@ from crosslora.training.checkpoint import load
 SECONDS_BETWEEN_POLLS = 1.0
 SECONDS_BETWEEN_CHECKS = "0.2"
 """How often Ray Train asks its workers for news; every checkpoint waits for it."""
-KEEP_FREED_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    "MALLOC_TOP_PAD_": str(256 << 20),
-}
-"""glibc gives every chunk of logits back to the kernel and asks for it again, zeroed: on CPU a worker spent most of
-its time there."""
 
 
 def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) -> dict[str, Any]:
@@ -115,7 +107,11 @@ def _run_config(config: Config, stage: Stage, cpus: int, accelerator: str) -> Ru
         failure_config=FailureConfig(max_failures=config.fit.max_failures),
         checkpoint_config=CheckpointConfig(num_to_keep=2),
         worker_runtime_env={
-            "env_vars": {"OMP_NUM_THREADS": str(cpus), "DS_ACCELERATOR": accelerator, **KEEP_FREED_MEMORY}
+            "env_vars": {
+                "OMP_NUM_THREADS": str(cpus),
+                "DS_ACCELERATOR": accelerator,
+                **cluster.KEEP_FREED_MEMORY,
+            }
         },
     )
 

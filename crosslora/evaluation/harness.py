@@ -1,0 +1,201 @@
+"""Standard benchmarks: lm-evaluation-harness against the endpoints of a run's teacher, target base and student."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from crosslora import cluster
+from crosslora.adapter import read_adapter, write_adapter
+from crosslora.config import AdapterSource, Base, Config
+from crosslora.errors import UserError
+from crosslora.evaluation.evaluate import STUDENT, TARGET_BASE, TEACHER, stage_locally
+from crosslora.evaluation.harness_tasks import local_tasks
+from crosslora.evaluation.metrics import bootstrap_interval, paired_difference, recovered_gain
+from crosslora.models import load_tokenizer, resolve
+from crosslora.progress import say
+from crosslora.run_folder import RunFolder
+from crosslora.serving import serve_models
+
+SOURCE_BASE = "source_base"
+LONGEST = 2048
+"""Tokens of a prompt and its answer; the harness cuts longer prompts on the left."""
+Scores = dict[str, tuple[str, np.ndarray]]
+"""task -> its metric, and the score of every item [n]"""
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    names: Sequence[str]
+    definitions: Sequence[Any]
+    """What the harness is given for each name: the name, or the whole configuration with its data."""
+    limit: int | None = None
+    """Items of each task that the harness is to take; None where the data is cut already."""
+
+
+def find_benchmarks(names: Sequence[str], task_data: Path | None, items: int | None) -> Benchmarks:
+    """With `task_data` the data comes from that folder (see harness_tasks), without it from the hub.
+
+    Raises UserError for tasks that are not known, unusable data, and where the harness is not installed.
+    """
+    if find_spec("lm_eval") is None:
+        raise UserError("lm-evaluation-harness is not installed; `pip install 'crosslora[harness]'`")
+    if task_data is not None:
+        return Benchmarks(names, local_tasks(names, task_data, items))
+    from lm_eval.tasks import TaskManager
+
+    known = set(TaskManager().all_tasks)
+    for name in names:
+        if name not in known:
+            raise UserError(f"--tasks {name}: the harness has no such task; `lm-eval ls tasks` lists them")
+    return Benchmarks(names, names, items)
+
+
+def evaluate_run(place: str, benchmarks: Benchmarks) -> dict[str, dict[str, Any]]:
+    """Results of every adapter of a finished run, which are also written to RUN/harness/NAME/results.json.
+
+    Raises UserError for a folder that holds no finished run.
+    """
+    folder = RunFolder.open(place)
+    if not folder.exists("run.json"):
+        raise UserError(f"{place}: holds no run.json; give the folder of a run")
+    config = Config.model_validate(folder.read_json("run.json")["config"])
+    for source in config.adapters:
+        if not folder.exists(f"export/{source.name}/manifest.json"):
+            raise UserError(f"{place}: {source.name} is not exported; run `crosslora transfer` to its end")
+    with cluster.session(config.cluster):
+        return {source.name: _evaluate(config, source, folder, benchmarks) for source in config.adapters}
+
+
+def _evaluate(
+    config: Config, source: AdapterSource, folder: RunFolder, benchmarks: Benchmarks
+) -> dict[str, Any]:
+    exported = f"export/{source.name}"
+    with tempfile.TemporaryDirectory(prefix="adapters-", dir=folder.local_root) as temporary:
+        teacher, student = Path(temporary) / TEACHER, Path(temporary) / STUDENT
+        write_adapter(teacher, read_adapter(source.path).factors, config.source.base)
+        stage_locally(folder, exported, folder.read_json(f"{exported}/manifest.json")["files"], student)
+        scores = _scores(config, config.source, SOURCE_BASE, {TEACHER: teacher}, benchmarks)
+        scores |= _scores(config, config.target, TARGET_BASE, {STUDENT: student}, benchmarks)
+    by_task = {name: {model: given[name] for model, given in scores.items()} for name in benchmarks.names}
+    results = {"tasks": {name: _task_result(models) for name, models in by_task.items()}}
+    folder.write_json(f"harness/{source.name}/results.json", results)
+    return results
+
+
+def _scores(
+    config: Config, base: Base, base_name: str, adapters: dict[str, Path], benchmarks: Benchmarks
+) -> dict[str, Scores]:
+    """Serve one base with its adapters, and put the benchmarks to all of them."""
+    folder = resolve(base)
+    with serve_models(
+        folder,
+        base_name,
+        adapters,
+        dtype=config.evaluation.dtype,
+        max_model_len=LONGEST,
+        num_gpus=config.synthesis.tensor_parallel * config.cluster.gpus_per_engine,
+        wait_seconds=config.cluster.wait_seconds,
+    ) as endpoint:
+        models = [model for model in endpoint.models if model != SOURCE_BASE]
+        return {model: ask_harness(endpoint.url, model, folder, benchmarks) for model in models}
+
+
+def ask_harness(url: str, model: str, tokenizer_folder: str, benchmarks: Benchmarks) -> Scores:
+    """Put the benchmarks to one model of an OpenAI-compatible endpoint; OPENAI_API_KEY is its key, if it wants one."""
+    import lm_eval
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    say(f"  {model}")
+    tokenizer = load_tokenizer(tokenizer_folder)
+    found = lm_eval.simple_evaluate(
+        model="local-completions",
+        model_args={
+            "model": model,
+            "base_url": f"{url}/completions",
+            "tokenizer": tokenizer_folder,
+            "tokenizer_backend": "huggingface",
+            # by the tokenizer's own rule; left to itself, the harness never adds one
+            "add_bos_token": tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id,
+            "num_concurrent": 64,
+            "max_length": LONGEST,
+            "timeout": 3600,
+        },
+        tasks=list(benchmarks.definitions),
+        limit=benchmarks.limit,
+        bootstrap_iters=0,
+    )
+    return {name: _headline(found["samples"], name) for name in benchmarks.names}
+
+
+def _headline(samples: dict[str, list[dict[str, Any]]], name: str) -> tuple[str, np.ndarray]:
+    """First metric and first answer filter of a task, or of all tasks of a group, whose names begin with its name."""
+    rows = [
+        row
+        for task in sorted(samples)
+        if task == name or task.startswith(f"{name}_")
+        for row in samples[task]
+    ]
+    metric = rows[0]["metrics"][0]
+    kept = [row for row in rows if row["filter"] == rows[0]["filter"]]
+    return metric, np.array([float(row[metric]) for row in kept])
+
+
+def _task_result(models: dict[str, tuple[str, np.ndarray]]) -> dict[str, Any]:
+    """As a task in results.json, with the paired difference of student and target base and with standard errors."""
+    metric, values = models[STUDENT][0], {model: scores for model, (_, scores) in models.items()}
+    difference = paired_difference(values[STUDENT], values[TARGET_BASE])
+    gain = recovered_gain(values[STUDENT], values[TARGET_BASE], values[TEACHER])
+    return {
+        "metric": metric,
+        "n": len(values[STUDENT]),
+        "models": {model: {"metrics": {metric: _summary(scores)}} for model, scores in values.items()},
+        "student_minus_base": dict(zip(("mean", "low", "high"), difference, strict=True)),
+        "rho_teacher": {"value": gain.value, "low": gain.low, "high": gain.high, "reason": gain.reason},
+    }
+
+
+def _summary(scores: np.ndarray) -> dict[str, float]:
+    low, high = bootstrap_interval(scores)
+    error = float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else 0.0
+    return {"mean": float(scores.mean()), "low": low, "high": high, "standard_error": error}
+
+
+def show(results: dict[str, dict[str, Any]]) -> None:
+    """A table for people."""
+    table = Table(caption="mean and standard error; student - target base: paired difference, 95% interval")
+    for column in (
+        "adapter",
+        "task",
+        "metric",
+        "n",
+        TEACHER,
+        "target base",
+        STUDENT,
+        "student - target base",
+    ):
+        table.add_column(column, justify="left" if column in ("adapter", "task", "metric") else "right")
+    for adapter, result in results.items():
+        for name, task in result["tasks"].items():
+            scores = [
+                task["models"][model]["metrics"][task["metric"]] for model in (TEACHER, TARGET_BASE, STUDENT)
+            ]
+            difference = task["student_minus_base"]
+            table.add_row(
+                adapter,
+                name,
+                task["metric"],
+                str(task["n"]),
+                *(f"{score['mean']:.3f} ± {score['standard_error']:.3f}" for score in scores),
+                f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]",
+            )
+    Console(highlight=False).print(table)
