@@ -210,6 +210,7 @@ def test_nothing_is_left_after_ctrl_c(server: Server) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_nothing_is_left_when_the_driver_is_killed(folders: Folders) -> None:
     """Killed while vLLM starts, on a cluster that goes on: there the actors of Ray Serve would outlive their driver."""
     with (

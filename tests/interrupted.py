@@ -1,4 +1,4 @@
-"""A transfer as a terminal would start it, to be interrupted or killed."""
+"""The command as a terminal would start it, to be interrupted or killed."""
 
 import json
 import os
@@ -18,19 +18,21 @@ MARK = "CROSSLORA_TEST_RUN"
 
 
 class Transfer:
-    """The command in a process group of its own, on the configuration and the run of the tiny pair in `folder`."""
+    """`crosslora transfer` in a process group of its own."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        self.mark, self.folder = uuid.uuid4().hex, folder
+    def __init__(self, config: Path, *options: str) -> None:
+        self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "crosslora", "transfer", str(folder / "config.yaml"), *options],
+            [sys.executable, "-m", "crosslora", "transfer", str(config), *options],
             env={**os.environ, MARK: self.mark},
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            ),  # a shell's background job ignores it
         )
 
-    def wait_for(self, stage: str, text: str) -> None:
-        file = _events_file(self.folder, stage)
-        while not (file.exists() and text in file.read_text()):
+    def wait_for(self, events_file: Path, text: str) -> None:
+        while not (events_file.exists() and text in events_file.read_text()):
             assert self.process.poll() is None, "the transfer ended by itself"
             time.sleep(0.1)
 
@@ -56,9 +58,5 @@ class Transfer:
                 continue
 
 
-def events(folder: Path, stage: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _events_file(folder, stage).read_text().splitlines()]
-
-
-def _events_file(folder: Path, stage: str) -> Path:
-    return folder / "run" / stage / "tiny" / "events.jsonl"
+def events(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]

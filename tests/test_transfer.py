@@ -1,0 +1,226 @@
+"""The real adapter moves between the two real models (`make models` makes their folders), in a short run.
+
+The tests are one story, told in order: the run is killed, interrupted, and ended by `ray job submit`. Two workers fit,
+with ZeRO-2. Each test also works alone: whatever the run still lacks is then made by the job.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import crosslora
+from crosslora import cluster
+from crosslora.config import Config
+from crosslora.errors import UserError
+from crosslora.evaluation.harness import evaluate_run, find_benchmarks
+from crosslora.run_folder import RunFolder, stage_states
+from crosslora.serving import free_port
+from crosslora.training.fit import check_corpus, fit
+from tests.interrupted import Transfer, events
+from tests.tiny import write_benchmarks
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+CORPUS = ("synthesize/snips", "filter/snips")
+SHORT = (
+    "synthesis.samples=160",
+    "synthesis.shard_size=80",
+    "synthesis.min_kept=64",
+    "fit.steps=90",
+    "fit.workers=2",
+    "fit.zero_stage=2",
+    "fit.checkpoint_every=5",
+    "fit.evaluate_every=90",
+    "evaluation.tasks.0.items=24",
+    "evaluation.held_out_items=4",
+    "evaluation.baseline_items=2",
+)
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(not (ROOT / "models").is_dir(), reason="run `make models` first"),
+]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    run = tmp_path_factory.mktemp("a run") / "run"
+    return crosslora.load_config(ROOT / "examples/snips/demo.yaml", [f"run={run}", *SHORT])
+
+
+@pytest.fixture(scope="module")
+def config_file(config: Config) -> Path:
+    file = Path(config.run).with_name("config.yaml")
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(config: Config, config_file: Path) -> Path:
+    """The run, ended by a job on a cluster of one node."""
+    job = ["python", "ray_jobs/transfer.py", "--config", config_file, "cluster.address=auto"]
+    with head_node() as ray_command:
+        ray_command("job", "submit", "--working-dir", ".", "--", *job)
+    return Path(config.run)
+
+
+@contextmanager
+def head_node() -> Iterator[Callable[..., None]]:
+    """A Ray cluster outside this process; yields a function that runs the `ray` command against it."""
+    port, jobs, agent = (free_port("127.0.0.1", 0) for _ in range(3))
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{jobs}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": uuid.uuid4().hex,
+    }
+
+    def ray_command(*arguments: str | Path) -> None:
+        subprocess.run([BIN / "ray", *arguments], env=environment, cwd=ROOT, check=True)
+
+    # Without a port of its own the agent that starts jobs gives up where another Ray still holds the usual one.
+    ports = [f"--port={port}", f"--dashboard-port={jobs}", f"--dashboard-agent-listen-port={agent}"]
+    node = subprocess.Popen(
+        [BIN / "ray", "start", "--head", "--block", "--disable-usage-stats", *ports], env=environment
+    )
+    try:
+        for attempt in range(20):
+            with suppress(subprocess.CalledProcessError):
+                ray_command("job", "submit", "--", "true")
+                break
+            assert attempt < 19, "the cluster runs no jobs"
+        yield ray_command
+    finally:
+        node.terminate()
+        node.wait()
+
+
+def test_killed_in_synthesis(config: Config, config_file: Path) -> None:
+    folder = Path(config.run) / "synthesize/snips"
+    transfer = Transfer(config_file)
+    transfer.wait_for(folder / "events.jsonl", '"shard": 0')
+    assert transfer.stop(signal.SIGKILL) == -signal.SIGKILL
+    assert not (folder / "manifest.json").exists()
+
+
+def test_interrupted_in_fitting(config: Config, config_file: Path) -> None:
+    folder = Path(config.run)
+    first_shard = (folder / "synthesize/snips/shard-00000.parquet").stat().st_mtime_ns
+    transfer = Transfer(config_file)
+    transfer.wait_for(folder / "fit/snips/events.jsonl", '"step": 11,')
+    assert transfer.stop(signal.SIGINT) == 1
+    assert (folder / "synthesize/snips/shard-00000.parquet").stat().st_mtime_ns == first_shard
+    synthesized = events(folder / "synthesize/snips/events.jsonl")
+    assert [event["shard"] for event in synthesized if event["event"] == "shard"] == [0, 1]
+
+
+def test_the_adapter_arrives(run: Path) -> None:
+    assert set(stage_states(RunFolder.open(str(run))).values()) == {"done"}
+    results = json.loads((run / "evaluate/snips/results.json").read_text())
+    models = results["tasks"]["snips"]["models"]
+
+    def intent(model: str) -> float:
+        return float(models[model]["metrics"]["json_field:intent"]["mean"])
+
+    assert list(models) == ["teacher", "target_base", "random", "crop", "closed_form", "student"]
+    assert intent("teacher") >= 0.9
+    assert intent("target_base") == 0.0
+    assert intent("student") >= 0.4 and models["student"]["ended"] >= 0.8
+    assert json.loads((run / "fit/snips/manifest.json").read_text())["coverage"] >= 0.85
+    assert (run / "evaluate/snips/chart.png").read_bytes().startswith(b"\x89PNG")
+    assert "| student |" in (run / "evaluate/snips/report.md").read_text()
+    assert "of the teacher's gain on snips" in (run / "evaluate/snips/report.html").read_text()
+
+
+def test_the_fit_went_on_from_its_checkpoint(run: Path) -> None:
+    fitted = events(run / "fit/snips/events.jsonl")
+    resumed = [event["step"] for event in fitted if event["event"] == "resumed"]
+    if not resumed:
+        pytest.skip("nothing interrupted it: the tests above did not run")
+    assert resumed[0] >= 10
+    steps = [event["step"] for event in fitted if event["event"] == "step"]
+    assert len([step for step in set(steps) if steps.count(step) > 1]) <= 5, "checkpoint_every at most"
+    assert set(steps) == set(range(1, 91))
+
+
+def test_the_result_is_an_ordinary_adapter_that_acts(config: Config, run: Path) -> None:
+    folder = run / "export/snips"
+    base = AutoModelForCausalLM.from_pretrained(config.target.base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Play some jazz"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(chat, add_special_tokens=False, return_tensors="pt").input_ids
+    assert ids[0, 0] == tokenizer.bos_token_id and ids[0, 1] != tokenizer.bos_token_id
+    with torch.no_grad():
+        plain = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, folder)(ids).logits
+    assert not torch.allclose(plain, adapted, atol=1e-3)
+
+
+def test_too_little_coverage_is_refused_before_a_worker_starts(config: Config, run: Path) -> None:
+    stage = RunFolder.open(str(run)).stage("fit/floor", {})
+    floor = config.model_copy(update={"fit": config.fit.model_copy(update={"min_coverage": 1.0})})
+    with pytest.raises(UserError, match=r"coverage 0\.\d+ is below fit.min_coverage = 1.0"):
+        check_corpus(floor, stage, CORPUS)
+
+
+def test_done_work_is_not_done_again(config: Config, run: Path) -> None:
+    crosslora.transfer(config)
+    assert [event["event"] for event in events(run / "evaluate/snips/events.jsonl")] == ["start", "done"]
+
+
+def test_changed_inputs_are_refused_with_the_difference(config: Config, run: Path) -> None:
+    fewer = config.model_copy(update={"fit": config.fit.model_copy(update={"steps": 13})})
+    with pytest.raises(UserError, match=r"fit\.steps: 90 -> 13.*--redo fit"):
+        crosslora.transfer(fewer)
+
+
+def test_zero_3_starts_alike_and_learns(config: Config, run: Path) -> None:
+    few = config.fit.model_copy(update={"zero_stage": 3, "steps": 3})
+    stage = RunFolder.open(str(run)).stage("fit/zero3", {"name": "zero3"})
+    with cluster.session(config.cluster):
+        fit(config.model_copy(update={"fit": few}), config.adapters[0].path, CORPUS, stage)
+    sharded, whole = (events(run / name / "events.jsonl") for name in ("fit/zero3", "fit/snips"))
+    for event, field in (("held_out", "loss"), ("held_out", "kl"), ("step", "loss")):
+        first, expected = (next(e[field] for e in run if e["event"] == event) for run in (sharded, whole))
+        assert first == pytest.approx(expected, rel=0.02)
+    looks = [e["loss"] for e in sharded if e["event"] == "held_out"]
+    assert looks[-1] < 0.9 * looks[0]
+
+
+@pytest.mark.slow
+def test_standard_benchmarks_of_a_run(run: Path, tmp_path: Path) -> None:
+    write_benchmarks(tmp_path)
+    results = evaluate_run(str(run), find_benchmarks(["mmlu", "gsm8k"], tmp_path, 4))
+    tasks = results["snips"]["tasks"]
+    assert {name: (task["n"], set(task["models"])) for name, task in tasks.items()} == {
+        "mmlu": (4, {"teacher", "target_base", "student"}),
+        "gsm8k": (2, {"teacher", "target_base", "student"}),
+    }
+    assert json.loads((run / "harness/snips/results.json").read_text()) == results["snips"]
+
+
+def test_killed_in_evaluation(config_file: Path, run: Path) -> None:
+    """The last test: the run's evaluation is gone after it."""
+    transfer = Transfer(config_file, "--redo", "evaluate")
+    while (run / "evaluate/snips/manifest.json").exists():
+        assert transfer.process.poll() is None, "the transfer ended by itself"
+        time.sleep(0.1)
+    transfer.wait_for(run / "evaluate/snips/events.jsonl", '"start"')
+    time.sleep(5)  # Ray Serve is starting its first replica
+    assert transfer.stop(signal.SIGKILL) == -signal.SIGKILL
+    assert (run / "export/snips/manifest.json").exists()
