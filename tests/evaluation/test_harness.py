@@ -1,0 +1,56 @@
+"""What `crosslora evaluate` refuses before it serves anything, and how it sums up."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crosslora.errors import UserError
+from crosslora.evaluation.harness import Benchmarks, _headline, _task_result, evaluate_run, find_benchmarks
+
+
+def test_a_task_that_the_harness_does_not_know_is_refused() -> None:
+    with pytest.raises(UserError, match="--tasks mmlou: the harness has no such task"):
+        find_benchmarks(["gsm8k", "mmlou"], None, None)
+
+
+def test_folders_without_a_finished_run_are_refused(tmp_path: Path) -> None:
+    benchmarks = Benchmarks(["mmlu"], ["mmlu"])
+    with pytest.raises(UserError, match=r"holds no run\.json"):
+        evaluate_run(str(tmp_path), benchmarks)
+    config = {
+        "run": str(tmp_path),
+        "source": {"base": "a/b"},
+        "adapters": [{"name": "mine", "path": "p"}],
+        "target": {"base": "c/d"},
+    }
+    (tmp_path / "run.json").write_text(json.dumps({"config": config}))
+    with pytest.raises(UserError, match="mine is not exported; run `crosslora transfer` to its end"):
+        evaluate_run(str(tmp_path), benchmarks)
+
+
+def test_a_group_is_all_its_tasks_under_the_first_filter() -> None:
+    def row(filter_name: str, right: float) -> dict[str, object]:
+        return {"metrics": ["acc", "other"], "filter": filter_name, "acc": right, "other": 9.0}
+
+    samples = {
+        "mmlu_zoology": [row("none", 1.0)],
+        "mmlu_anatomy": [row("none", 0.0), row("loose", 1.0)],
+        "gsm8k": [row("none", 1.0)],
+    }
+    metric, scores = _headline(samples, "mmlu")  # type: ignore[arg-type]
+    assert (metric, scores.tolist()) == ("acc", [0.0, 1.0])
+
+
+def test_the_difference_is_paired_and_the_gain_needs_a_gain() -> None:
+    base = np.tile([0.0, 1.0], 100)
+    better = np.where(np.arange(200) % 10 == 0, 1.0, base)
+    result = _task_result(
+        {"teacher": ("acc", base), "target_base": ("acc", base), "student": ("acc", better)}
+    )
+    difference = result["student_minus_base"]
+    assert difference["mean"] == pytest.approx(0.1) and difference["low"] > 0
+    assert result["rho_teacher"]["value"] is None and "nothing to recover" in result["rho_teacher"]["reason"]
+    summary = result["models"]["target_base"]["metrics"]["acc"]
+    assert summary["standard_error"] == pytest.approx(0.5 / np.sqrt(199))
