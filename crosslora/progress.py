@@ -18,6 +18,8 @@ from rich.progress import (
 )
 
 SECONDS_BETWEEN_LINES = 15.0
+SECONDS_FOR_A_RATE = 5.0
+"""What is shorter says little: answers that were asked for at once also come at once."""
 console = Console(stderr=True, highlight=False)
 
 
@@ -44,15 +46,16 @@ class Meter:
         ):  # the rate begins with the first piece: before it, engines may load
             self._began, self._first = time.monotonic(), self.done
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self.done, note=f"{self._rate():.3g} {self.unit}/s {note}")
+            rate = self._rate()
+            pace = f"{rate:.3g} {self.unit}/s " if rate else ""
+            self._bar.update(self._task, completed=self.done, note=pace + note)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES or self.done >= self.total:
             self._last_line = time.monotonic()
             print(self._line(note), file=sys.stderr, flush=True)
 
     def _rate(self) -> float:
-        if self._began is None:
-            return 0.0
-        return (self.done - self._first) / max(time.monotonic() - self._began, 1e-9)
+        seconds = 0.0 if self._began is None else time.monotonic() - self._began
+        return (self.done - self._first) / seconds if seconds >= SECONDS_FOR_A_RATE else 0.0
 
     def _line(self, note: str) -> str:
         rate = self._rate()

@@ -214,6 +214,7 @@ def test_standard_benchmarks_of_a_run(run: Path, tmp_path: Path) -> None:
     assert json.loads((run / "harness/snips/results.json").read_text()) == results["snips"]
 
 
+@pytest.mark.slow
 def test_killed_in_evaluation(config_file: Path, run: Path) -> None:
     """The last test: the run's evaluation is gone after it."""
     transfer = Transfer(config_file, "--redo", "evaluate")

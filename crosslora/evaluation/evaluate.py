@@ -226,7 +226,11 @@ def _examples(task: Task, items: list[Item], answers: Answers, count: int = 5) -
         {
             "prompt": item.prompt,
             "reference": item.reference,
-            "answers": {model: by_task[task.name][row].text for model, by_task in answers.items()},
+            "answers": {
+                model: by_task[task.name][row].text
+                for model, by_task in answers.items()
+                if row < len(by_task[task.name])  # a baseline may have answered fewer
+            },
         }
         for row, item in enumerate(items[:count])
     ]
