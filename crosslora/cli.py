@@ -123,7 +123,9 @@ def evaluate(
     """Put standard benchmarks to the teacher, the target base and the student of a finished run."""
     from crosslora.evaluation.harness import evaluate_run, find_benchmarks, show
 
-    results = evaluate_run(run, find_benchmarks(tasks.split(","), task_data, items))
+    results = evaluate_run(
+        run, find_benchmarks([name.strip() for name in tasks.split(",")], task_data, items)
+    )
     if as_json:
         _print_json(results)
     else:

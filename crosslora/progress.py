@@ -41,9 +41,8 @@ class Meter:
 
     def advance(self, amount: int, note: str = "") -> None:
         self.done += amount
-        if (
-            amount and self._began is None
-        ):  # the rate begins with the first piece: before it, engines may load
+        if amount and self._began is None:
+            # The rate begins with the first piece: before it, engines may load.
             self._began, self._first = time.monotonic(), self.done
         if self._bar is not None and self._task is not None:
             rate = self._rate()

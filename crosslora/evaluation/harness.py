@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,14 @@ from crosslora import cluster
 from crosslora.adapter import read_adapter, write_adapter
 from crosslora.config import AdapterSource, Base, Config
 from crosslora.errors import UserError
-from crosslora.evaluation.evaluate import STUDENT, TARGET_BASE, TEACHER, stage_locally
+from crosslora.evaluation.evaluate import (
+    SOURCE_BASE,
+    STUDENT,
+    TARGET_BASE,
+    TEACHER,
+    engine_settings,
+    stage_locally,
+)
 from crosslora.evaluation.harness_tasks import local_tasks
 from crosslora.evaluation.metrics import bootstrap_interval, paired_difference, recovered_gain
 from crosslora.models import load_tokenizer, resolve
@@ -26,7 +33,6 @@ from crosslora.progress import say
 from crosslora.run_folder import RunFolder
 from crosslora.serving import serve_models
 
-SOURCE_BASE = "source_base"
 LONGEST = 2048
 """Tokens of a prompt and its answer; the harness cuts longer prompts on the left."""
 Scores = dict[str, tuple[str, np.ndarray]]
@@ -53,10 +59,17 @@ def find_benchmarks(names: Sequence[str], task_data: Path | None, items: int | N
         return Benchmarks(names, local_tasks(names, task_data, items))
     from lm_eval.tasks import TaskManager
 
-    known = set(TaskManager().all_tasks)
+    manager = TaskManager()
     for name in names:
-        if name not in known:
+        if name not in manager.all_tasks:
             raise UserError(f"--tasks {name}: the harness has no such task; `lm-eval ls tasks` lists them")
+    try:
+        manager.load(list(names))  # fetches the data: what cannot be had is said before an engine starts
+    except Exception as error:  # the hub client raises a different class for every cause
+        raise UserError(
+            f"--tasks {','.join(names)}: the data could not be fetched from the hub ({type(error).__name__}); check "
+            "the network, or give --task-data"
+        ) from error
     return Benchmarks(names, names, items)
 
 
@@ -98,13 +111,7 @@ def _scores(
     """Serve one base with its adapters, and put the benchmarks to all of them."""
     folder = resolve(base)
     with serve_models(
-        folder,
-        base_name,
-        adapters,
-        dtype=config.evaluation.dtype,
-        max_model_len=LONGEST,
-        num_gpus=config.synthesis.tensor_parallel * config.cluster.gpus_per_engine,
-        wait_seconds=config.cluster.wait_seconds,
+        folder, base_name, adapters, max_model_len=LONGEST, **engine_settings(config)
     ) as endpoint:
         models = [model for model in endpoint.models if model != SOURCE_BASE]
         return {model: ask_harness(endpoint.url, model, folder, benchmarks) for model in models}
@@ -154,13 +161,12 @@ def _task_result(models: dict[str, tuple[str, np.ndarray]]) -> dict[str, Any]:
     """As a task in results.json, with the paired difference of student and target base and with standard errors."""
     metric, values = models[STUDENT][0], {model: scores for model, (_, scores) in models.items()}
     difference = paired_difference(values[STUDENT], values[TARGET_BASE])
-    gain = recovered_gain(values[STUDENT], values[TARGET_BASE], values[TEACHER])
     return {
         "metric": metric,
         "n": len(values[STUDENT]),
         "models": {model: {"metrics": {metric: _summary(scores)}} for model, scores in values.items()},
         "student_minus_base": dict(zip(("mean", "low", "high"), difference, strict=True)),
-        "rho_teacher": {"value": gain.value, "low": gain.low, "high": gain.high, "reason": gain.reason},
+        "rho_teacher": asdict(recovered_gain(values[STUDENT], values[TARGET_BASE], values[TEACHER])),
     }
 
 

@@ -56,8 +56,11 @@ def _mmlu(folder: Path, items: int | None) -> dict[str, Any]:
 
 
 def _questions(file: Path) -> list[Row]:
-    with file.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.reader(lines))
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            rows = [row for row in csv.reader(lines) if row]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{file}: cannot be read as CSV ({error}); mend the file") from error
     if rows and rows[0][0] == "question":
         del rows[0]
     subject = file.name.removesuffix("_test.csv").replace("_", " ")
@@ -78,6 +81,10 @@ def _index(file: Path, number: int, row: list[str]) -> int:
 
 def _gsm8k(folder: Path, items: int | None) -> dict[str, Any]:
     train, test = (_problems(folder / f"gsm8k_{part}.jsonl") for part in ("train", "test"))
+    if len(train) < GSM8K_SHOTS:
+        raise UserError(
+            f"{folder}/gsm8k_train.jsonl: {len(train)} problems, {GSM8K_SHOTS} stand before every question; add some"
+        )
     remove = [",", "\\$", "(?s).*#### ", "\\.$"]
     exact = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True}
     number = {"function": "regex", "regex_pattern": "#### (\\-?[0-9\\.\\,]+)"}
@@ -103,7 +110,7 @@ def _gsm8k(folder: Path, items: int | None) -> dict[str, Any]:
 def _problems(file: Path) -> list[Row]:
     rows = []
     try:
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8").rstrip("\n").split("\n"):  # JSON may hold U+2028
             row = json.loads(line)
             rows.append(
                 {
