@@ -33,7 +33,6 @@ from tests.interrupted import Transfer, events
 from tests.tiny import write_benchmarks
 
 ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
 CORPUS = ("synthesize/snips", "filter/snips")
 SHORT = (
     "synthesis.samples=160",
@@ -68,33 +67,39 @@ def config_file(config: Config) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(config: Config, config_file: Path) -> Path:
+def run(config: Config, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run, ended by a job on a cluster of one node."""
     job = ["python", "ray_jobs/transfer.py", "--config", config_file, "cluster.address=auto"]
-    with head_node() as ray_command:
+    with head_node(tmp_path_factory.mktemp("link")) as ray_command:
         ray_command("job", "submit", "--working-dir", ".", "--", *job)
     return Path(config.run)
 
 
 @contextmanager
-def head_node() -> Iterator[Callable[..., None]]:
-    """A Ray cluster outside this process; yields a function that runs the `ray` command against it."""
+def head_node(folder: Path) -> Iterator[Callable[..., None]]:
+    """A Ray cluster outside this process; yields a function that runs the `ray` command against it.
+
+    `ray start` does not quote the path of its Python: a link in `folder` leads around a space in it.
+    """
+    (folder / "environment").symlink_to(sys.prefix)
+    programs = folder / "environment" / "bin"
+    ray = [programs / "python", "-m", "ray.scripts.scripts"]
     port, jobs, agent = (free_port("127.0.0.1", 0) for _ in range(3))
     environment = {
         **os.environ,
-        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PATH": f"{programs}:{os.environ['PATH']}",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{jobs}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": uuid.uuid4().hex,
     }
 
     def ray_command(*arguments: str | Path) -> None:
-        subprocess.run([BIN / "ray", *arguments], env=environment, cwd=ROOT, check=True)
+        subprocess.run([*ray, *arguments], env=environment, cwd=ROOT, check=True)
 
     # Without a port of its own the agent that starts jobs gives up where another Ray still holds the usual one.
     ports = [f"--port={port}", f"--dashboard-port={jobs}", f"--dashboard-agent-listen-port={agent}"]
     node = subprocess.Popen(
-        [BIN / "ray", "start", "--head", "--block", "--disable-usage-stats", *ports], env=environment
+        [*ray, "start", "--head", "--block", "--disable-usage-stats", *ports], env=environment
     )
     try:
         for attempt in range(20):
