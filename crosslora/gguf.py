@@ -3,8 +3,11 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import gguf
 import torch
 import transformers
 from gguf import GGUFReader
@@ -42,7 +45,11 @@ def convert(gguf_path: Path, folder: Path, sha256: str | None = None) -> None:
     part = folder.with_name(folder.name + ".part")
     try:
         _make_room(part, weight_bytes=2 * sum(int(tensor.n_elements) for tensor in reader.tensors))
-        _write(gguf_path, part, adds_bos=_adds_bos(reader))
+        with _parsed_once(reader):
+            model, tokenizer = _load(gguf_path)
+        model.save_pretrained(part)
+        tokenizer.add_bos_token = _adds_bos(reader)
+        tokenizer.save_pretrained(part)
         _try(part, adds_bos=_adds_bos(reader))
         marker = {"source": gguf_path.name, "source_sha256": digest, "crosslora": __version__}
         (part / MARKER).write_text(json.dumps(marker | {"transformers": transformers.__version__}) + "\n")
@@ -106,11 +113,14 @@ def _make_room(part: Path, weight_bytes: int) -> None:
         )
 
 
-def _write(gguf_path: Path, part: Path, adds_bos: bool) -> None:
-    model, tokenizer = _load(gguf_path)
-    model.save_pretrained(part)
-    tokenizer.add_bos_token = adds_bos
-    tokenizer.save_pretrained(part)
+@contextmanager
+def _parsed_once(reader: GGUFReader) -> Iterator[None]:
+    """transformers parses the file anew for tokenizer, configuration and weights: 10 s each at 262k entries."""
+    gguf.GGUFReader = lambda path: reader
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = GGUFReader
 
 
 def _load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
