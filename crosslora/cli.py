@@ -52,18 +52,22 @@ def transfer(
     redo: Annotated[
         str | None, typer.Option(metavar="STAGE", help="Make this stage and what follows again.")
     ] = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
     as_json: Json = False,
 ) -> None:
     """Run all stages: synthesize, filter, fit, export, evaluate. The same command goes on after an interruption."""
+    from crosslora.compare import compare, show
     from crosslora.config import load_config
     from crosslora.pipeline import transfer as run
 
-    result = run(load_config(config, overrides), redo)
+    result = run(load_config(config, overrides), redo, until)
     if as_json:
         _print_json(
             {adapter.name: {"folder": adapter.folder, **adapter.results} for adapter in result.adapters}
         )
         return
+    if result.adapters:
+        show(compare([result.run]))
     for adapter in result.adapters:
         print(f"adapter: {adapter.folder}")
         print(f"report:  {result.run}/evaluate/{adapter.name}/report.html")
@@ -153,7 +157,10 @@ def compare(
 @app.command()
 def serve(
     places: Annotated[
-        list[str], typer.Argument(metavar="RUN_OR_ADAPTER...", help="Run or PEFT folders: paths or URIs.")
+        list[str],
+        typer.Argument(
+            metavar="RUN_OR_ADAPTER...", help="Runs, PEFT folders, or folders of PEFT folders: paths or URIs."
+        ),
     ],
     base: Annotated[
         str | None, typer.Option(help="Base model; left out, the one that the adapters name.")
@@ -168,14 +175,18 @@ def serve(
     max_model_len: Annotated[
         int | None, typer.Option(min=16, help="Longest prompt and answer, in tokens.  [default: up to 4096]")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=0, help="GPUs of the engine; 0 serves on CPU.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: all]")] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of a replica; 0 serves on CPU.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of a replica.  [default: all]")
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Engines side by side, on any node.")] = 1,
     api_key: Annotated[
         str | None,
         typer.Option(envvar="CROSSLORA_API_KEY", help="Token that every request to /v1 must then carry."),
     ] = None,
 ) -> None:
-    """Serve moved adapters and their base, OpenAI-compatible, until Ctrl-C."""
+    """Serve moved adapters and their base, OpenAI-compatible, until Ctrl-C. What lies in the places is what is served:
+    adapters may come, change and go meanwhile."""
     from crosslora.serve import serve as run
 
     run(
@@ -187,6 +198,7 @@ def serve(
         max_model_len=max_model_len,
         num_gpus=gpus,
         threads=threads,
+        replicas=replicas,
         api_key=api_key,
     )
 

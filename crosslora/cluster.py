@@ -67,11 +67,11 @@ def session(settings: Cluster) -> Iterator[None]:
 
 
 def cpus_per_share(shares: int) -> int:
-    """CPUs of each of `shares` equal parts of the largest node, at least 1."""
+    """The most CPUs c, at least 1, such that the nodes together hold `shares` parts of c; a part lies on one node."""
     import ray
 
-    largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
-    return max(int(largest) // shares, 1)
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return next((c for c in range(max(nodes, default=0), 1, -1) if sum(n // c for n in nodes) >= shares), 1)
 
 
 def require(needed: dict[str, float], stage: str, wait_seconds: float) -> None:
@@ -111,8 +111,10 @@ class Board:
         return events
 
 
-def board() -> Any:
-    """A new board; kill it when the stage ends."""
+def beside_driver(actor_class: type, *arguments: Any) -> Any:
+    """An actor on this process's node: it is lost with this process, not with some other node."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return ray.remote(Board).options(num_cpus=0).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(actor_class).options(num_cpus=0, scheduling_strategy=here).remote(*arguments)

@@ -6,6 +6,7 @@ work is never done again; a run that was killed goes on with the same command.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,16 +61,18 @@ class TransferredAdapter:
 class TransferResult:
     run: str
     adapters: list[TransferredAdapter]
+    """Those that went through all stages."""
 
 
-def transfer(config: Config, redo: str | None = None) -> TransferResult:
+def transfer(config: Config, redo: str | None = None, until: str | None = None) -> TransferResult:
     """Move every adapter of the configuration to the target base.
 
-    `redo` names a stage whose results, and those of the stages after it, are made again. Raises UserError for what
-    the user can mend; finished stages are kept.
+    `redo` names a stage whose results, and those of the stages after it, are made again; `until` names the last stage
+    to run. Raises UserError for what the user can mend; finished stages are kept.
     """
-    if redo is not None and redo not in STAGES:
-        raise UserError(f"--redo {redo}: no such stage; one of {', '.join(STAGES)}")
+    for option, stage in (("--redo", redo), ("--until", until)):
+        if stage is not None and stage not in STAGES:
+            raise UserError(f"{option} {stage}: no such stage; one of {', '.join(STAGES)}")
     folder = RunFolder.open(config.run)
     with folder.writing():
         check_inputs(config)
@@ -81,8 +84,12 @@ def transfer(config: Config, redo: str | None = None) -> TransferResult:
         for warning in plan.warnings:
             say(f"[yellow]warning:[/yellow] {warning}")
         with cluster.session(config.cluster):
-            moved = [_transfer_one(config, source, folder) for source in config.adapters]
-    return TransferResult(config.run, moved)
+            for source in config.adapters:
+                _transfer_one(config, source, folder, until)
+    moved = [
+        source.name for source in config.adapters if folder.exists(f"evaluate/{source.name}/manifest.json")
+    ]
+    return TransferResult(config.run, [_moved(folder, name) for name in moved])
 
 
 def check_inputs(config: Config) -> None:
@@ -99,43 +106,56 @@ def check_inputs(config: Config) -> None:
     lora_options([adapter.path for adapter in config.adapters])  # evaluation serves them with vLLM
 
 
-def _transfer_one(config: Config, source: AdapterSource, folder: RunFolder) -> TransferredAdapter:
+def _transfer_one(config: Config, source: AdapterSource, folder: RunFolder, until: str | None) -> None:
+    say(f"[bold]{source.name}[/bold]")
+    for stage in _stages(config, source, folder):
+        if stage.name == f"{until}/{source.name}":
+            return
+
+
+def _moved(folder: RunFolder, name: str) -> TransferredAdapter:
+    return TransferredAdapter(
+        name, f"{folder.uri.rstrip('/')}/export/{name}", folder.read_json(f"evaluate/{name}/results.json")
+    )
+
+
+def _stages(config: Config, source: AdapterSource, folder: RunFolder) -> Iterator[Stage]:
+    """Runs a stage, or finds it done, and yields it."""
     name = source.name
     adapter = read_adapter(source.path)
-    say(f"[bold]{name}[/bold]")
-    corpus, filtered = _corpus(config, adapter, folder, name)
-    fitted = folder.stage(f"fit/{name}", _fit_inputs(config, adapter, filtered))
-    _once(fitted, lambda: fit(config, source.path, (corpus.name, filtered.name), fitted))
-    exported = folder.stage(f"export/{name}", {"fit": fitted.manifest(), "base": config.target.base})
-    _once(exported, lambda: export(config, adapter, fitted, exported, filtered.manifest()))
-    evaluated = folder.stage(f"evaluate/{name}", _evaluation_inputs(config, exported))
-    parts, kl = (corpus.name, filtered.name), fitted.manifest()["held_out_kl"]
-    _once(evaluated, lambda: evaluate(config, adapter, parts, exported, kl, evaluated))
-    return TransferredAdapter(
-        name, f"{folder.uri.rstrip('/')}/{exported.name}", folder.read_json(f"{evaluated.name}/results.json")
-    )
-
-
-def _corpus(config: Config, adapter: Adapter, folder: RunFolder, name: str) -> tuple[Stage, Stage]:
-    settings = config.synthesis.model_dump(mode="json")
-    teacher = source_identity(config.source, adapter)
-    corpus = folder.stage(
-        f"synthesize/{name}",
-        {
-            "teacher": teacher,
-            "synthesis": {key: settings[key] for key in sorted(GENERATION)},
-            "prompt_files": prompt_identity(config.synthesis.prompts),
-        },
-    )
+    corpus = folder.stage(f"synthesize/{name}", _synthesis_inputs(config, adapter))
     _once(corpus, lambda: synthesize(config, adapter.path, corpus))
-    filtered = folder.stage(
-        f"filter/{name}",
-        {"corpus": corpus.digest, "filters": {key: settings[key] for key in sorted(FILTERS)}},
-    )
+    yield corpus
+    filtered = folder.stage(f"filter/{name}", _filter_inputs(config, corpus))
     _once(filtered, lambda: filter_corpus(config, corpus, filtered))
     counts = filtered.manifest()["counts"]
     say("  samples: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
-    return corpus, filtered
+    yield filtered
+    parts = (corpus.name, filtered.name)
+    fitted = folder.stage(f"fit/{name}", _fit_inputs(config, adapter, filtered))
+    _once(fitted, lambda: fit(config, source.path, parts, fitted))
+    yield fitted
+    exported = folder.stage(f"export/{name}", {"fit": fitted.manifest(), "base": config.target.base})
+    _once(exported, lambda: export(config, adapter, fitted, exported, filtered.manifest()))
+    yield exported
+    evaluated = folder.stage(f"evaluate/{name}", _evaluation_inputs(config, exported))
+    kl = fitted.manifest()["held_out_kl"]
+    _once(evaluated, lambda: evaluate(config, adapter, parts, exported, kl, evaluated))
+    yield evaluated
+
+
+def _synthesis_inputs(config: Config, adapter: Adapter) -> dict[str, Any]:
+    settings = config.synthesis.model_dump(mode="json")
+    return {
+        "teacher": source_identity(config.source, adapter),
+        "synthesis": {key: settings[key] for key in sorted(GENERATION)},
+        "prompt_files": prompt_identity(config.synthesis.prompts),
+    }
+
+
+def _filter_inputs(config: Config, corpus: Stage) -> dict[str, Any]:
+    settings = config.synthesis.model_dump(mode="json")
+    return {"corpus": corpus.digest, "filters": {key: settings[key] for key in sorted(FILTERS)}}
 
 
 def filter_corpus(config: Config, corpus: Stage, filtered: Stage) -> dict[str, Any]:

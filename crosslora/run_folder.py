@@ -59,6 +59,14 @@ class RunFolder:
         """The folder itself where it is local, else None."""
         return Path(self.root) if isinstance(self.filesystem, arrow_fs.LocalFileSystem) else None
 
+    def sub(self, name: str) -> RunFolder:
+        return RunFolder(f"{self.uri.rstrip('/')}/{name}", self.filesystem, self.path(name))
+
+    def entries(self) -> list[arrow_fs.FileInfo]:
+        """Files and folders directly in it, by name; none where it does not exist."""
+        selector = arrow_fs.FileSelector(self.root, allow_not_found=True)
+        return sorted(self.filesystem.get_file_info(selector), key=lambda entry: str(entry.base_name))
+
     def exists(self, name: str) -> bool:
         return self.filesystem.get_file_info(self.path(name)).type != arrow_fs.FileType.NotFound
 

@@ -1,24 +1,27 @@
-"""`crosslora serve`: moved adapters and their base behind one OpenAI-compatible endpoint, until it is stopped."""
+"""`crosslora serve`: moved adapters and their base behind one OpenAI-compatible endpoint, until it is stopped.
+
+What lies in the given places is what is served: they are looked through again every few seconds.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import tempfile
-import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-from pyarrow import fs as arrow_fs
+from typing import Any
 
 from crosslora.adapter_config import read_settings
 from crosslora.config import Base
 from crosslora.errors import UserError
 from crosslora.models import load_config, resolve
+from crosslora.progress import say
 from crosslora.run_folder import RunFolder
-from crosslora.serving import serve_models
+from crosslora.serving import Endpoint, serve_models
 
 HEADER = "adapter_config.json"
 TOKENIZER = "tokenizer.json"
@@ -28,12 +31,17 @@ LONGEST = 4096
 """Tokens of prompt and answer where the user says nothing: what a laptop's memory holds for many requests."""
 
 
+SECONDS_BETWEEN_LOOKS = 2.0
+
+
 @dataclass(frozen=True)
 class Found:
     """An adapter in a local folder, where PEFT and vLLM can read it."""
 
     name: str
     folder: Path
+    state: tuple[Any, ...]
+    """What its files looked like when it was found."""
 
     @property
     def base(self) -> str:
@@ -62,9 +70,10 @@ def serve(
     max_model_len: int | None,
     num_gpus: float,
     threads: int | None,
+    replicas: int,
     api_key: str | None,
 ) -> None:
-    """Serve the adapters of `places` (run folders or PEFT folders, paths or URIs) until Ctrl-C.
+    """Serve the adapters of `places` (runs, PEFT folders, folders of these; paths or URIs) until Ctrl-C.
 
     `base` None takes the one that the adapters name. Raises UserError where a place holds no adapter, and where the
     adapters need several bases, tokenizers or chat templates, besides what `serve_models` raises.
@@ -85,6 +94,7 @@ def serve(
             tokenizer=folder if (folder / TOKENIZER).is_file() else None,
             num_gpus=num_gpus,
             threads=threads,
+            replicas=replicas,
             api_key=api_key,
         ) as endpoint:
             page = endpoint.url.removesuffix("v1")
@@ -92,28 +102,26 @@ def serve(
                 f"serving {', '.join(endpoint.models)} at {endpoint.url}; a page to try them: {page}",
                 flush=True,
             )
-            print("Ctrl-C stops it", flush=True)
+            print("adapters that come into these places or go are served or not; Ctrl-C stops it", flush=True)
             with suppress(KeyboardInterrupt):
-                threading.Event().wait()
+                _keep_up(endpoint, places, found, Path(temporary))
 
 
 def find_adapters(places: Sequence[str], into: Path) -> list[Found]:
-    """All adapters of `places`; those that are not local are copied to `into`. Raises UserError for a place without one, a name that occurs
-    twice, and adapters that were fitted with different tokenizers or chat templates."""
-    found: list[Found] = []
+    """All adapters of `places`; those that are not local are copied to `into`.
+
+    Raises UserError for a place without one, a name that occurs twice, and adapters that were fitted with different
+    tokenizers or chat templates.
+    """
     for place in places:
-        for name, folder in _folders(place):
-            if name in {adapter.name for adapter in found}:
-                raise UserError(
-                    f"{place}: an adapter named {name!r} is there already; rename the folder of one"
-                )
-            found.append(Found(name, folder.local_root or _copy(folder, into / name)))
-    other = next((adapter for adapter in found if adapter.format != found[0].format), None)
-    if other is not None:
-        raise UserError(
-            f"{found[0].name} and {other.name} were fitted with different tokenizers or chat templates, and one "
-            "engine has one; serve them apart, on two ports"
-        )
+        if not list(_folders(place)):
+            raise UserError(
+                f"{place}: holds no adapter; give the folder of a run that has exported one, a PEFT folder (with "
+                f"{HEADER}), or a folder of PEFT folders"
+            )
+    found = [_fetch(name, folder, into) for name, folder in _list(places).items()]
+    for other in found[1:]:
+        _check_same_format(other, found[0])
     return found
 
 
@@ -125,31 +133,88 @@ def common_base(found: Sequence[Found]) -> str:
     return bases[0]
 
 
+def _keep_up(endpoint: Endpoint, places: Sequence[str], found: Sequence[Found], scratch: Path) -> None:
+    """Serve what comes into `places` and stop serving what goes, for ever. What cannot be served is said once."""
+    first = found[0]
+    known = {adapter.name: adapter.state for adapter in found}
+    """State of what is served or was refused."""
+    before = known
+    while True:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+        try:
+            listed = _list(places)
+            states = {name: _state(folder) for name, folder in listed.items()}
+        except (OSError, UserError) as error:  # a store that is out of reach is no reason to serve less
+            say(f"looking for adapters: {error}")
+            continue
+        # only what no longer changes: another program may still be writing it
+        new = [n for n in states if states[n] != known.get(n) and states[n] == before.get(n)]
+        gone = [name for name in known if name not in states]
+        for name in [*gone, *new]:
+            try:
+                if name in gone:
+                    endpoint.change({}, [name])
+                else:
+                    adapter = _fetch(name, listed[name], scratch)
+                    _check_same_format(adapter, first)
+                    endpoint.change({name: adapter.folder})
+                say(f"{'no longer serving' if name in gone else 'serving'} {name}")
+            except UserError as error:
+                say(f"not serving {name}: {error}")
+        known = {name: state for name, state in known.items() if name not in gone} | {
+            name: states[name] for name in new
+        }
+        before = states
+
+
+def _check_same_format(adapter: Found, first: Found) -> None:
+    if adapter.format != first.format:
+        raise UserError(
+            f"{first.name} and {adapter.name} were fitted with different tokenizers or chat templates, and one "
+            "engine has one; serve them apart, on two ports"
+        )
+
+
+def _list(places: Sequence[str]) -> dict[str, RunFolder]:
+    """Adapters by name; raises UserError where two have the same."""
+    listed: dict[str, RunFolder] = {}
+    for place in places:
+        for name, folder in _folders(place):
+            if name in listed:
+                raise UserError(
+                    f"{place}: an adapter named {name!r} is there already; rename the folder of one"
+                )
+            listed[name] = folder
+    return listed
+
+
 def _folders(place: str) -> Iterator[tuple[str, RunFolder]]:
-    """Names and folders of a PEFT folder itself, or of what a run has exported."""
+    """Names and folders: a PEFT folder itself, what a run has exported, or the PEFT folders in a folder."""
     folder = RunFolder.open(place.rstrip("/"))
     if folder.exists(HEADER):
         yield os.path.basename(folder.root), folder
         return
-    if not folder.exists("run.json"):
-        raise UserError(
-            f"{place}: holds neither {HEADER} nor run.json; give an adapter's folder or the folder of a run"
-        )
-    names = [adapter["name"] for adapter in folder.read_json("run.json")["config"]["adapters"]]
-    for name in names:
-        if not folder.exists(f"export/{name}/manifest.json"):
-            raise UserError(
-                f"{place}: its adapter {name!r} is not exported yet; run `crosslora transfer` to its end"
-            )
-        yield name, RunFolder(f"{folder.uri}/export/{name}", folder.filesystem, folder.path(f"export/{name}"))
+    is_run = folder.exists("run.json")
+    for entry in (folder.sub("export") if is_run else folder).entries():
+        inner = folder.sub(f"export/{entry.base_name}" if is_run else entry.base_name)
+        if inner.exists("manifest.json" if is_run else HEADER):
+            yield entry.base_name, inner
 
 
-def _copy(folder: RunFolder, local: Path) -> Path:
-    local.mkdir(parents=True)
-    for entry in folder.filesystem.get_file_info(arrow_fs.FileSelector(folder.root)):
-        if entry.is_file:
-            (local / entry.base_name).write_bytes(folder.read_bytes(entry.base_name))
-    return local
+def _state(folder: RunFolder) -> tuple[Any, ...]:
+    return tuple((entry.base_name, entry.size, entry.mtime_ns) for entry in folder.entries() if entry.is_file)
+
+
+def _fetch(name: str, folder: RunFolder, into: Path) -> Found:
+    """The adapter in a local folder: its own, or a copy below `into`."""
+    state = _state(folder)
+    local = folder.local_root
+    if local is None:
+        local = into / name / str(len(list(into.glob(f"{name}/*"))))
+        local.mkdir(parents=True)
+        for file, *_ in state:
+            (local / file).write_bytes(folder.read_bytes(file))
+    return Found(name, local, state)
 
 
 def _context(model: str) -> int:

@@ -1,23 +1,21 @@
-"""One base and any number of its LoRA adapters behind an OpenAI-compatible endpoint: vLLM's own app in Ray Serve."""
+"""One base and any number of its LoRA adapters behind an OpenAI-compatible endpoint: replicas in Ray Serve."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import socket
-import threading
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
-from fastapi.responses import HTMLResponse
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
@@ -25,24 +23,75 @@ from crosslora import cluster
 from crosslora.config import Base, Cluster
 from crosslora.errors import UserError
 from crosslora.models import resolve
+from crosslora.replica import DEPLOYMENT, MAX_SEQUENCES, VllmServer
+from crosslora.shelf import Shelf
 from crosslora.vllm_settings import environment, lora_options
 
-MAX_SEQUENCES = 256
-"""Requests that run at a time; more wait in vLLM."""
 CPU_BATCHED_TOKENS = 512
 """Tokens per step on CPU: logprobs of a prompt take positions x vocabulary floats (0.5 GB at 262k entries)."""
 STOP_SECONDS = 25.0
 WAIT_SECONDS = Cluster().wait_seconds
-APPLICATION, DEPLOYMENT = "crosslora", "vllm"
+APPLICATION = "crosslora"
+ADOPTION_SECONDS = 30.0
 PROBE = "The quick brown fox jumps over the lazy dog."
 
 
-@dataclass(frozen=True)
+@dataclass
 class Endpoint:
-    """A running server. `url` ends in /v1; `models` are the names that requests may use, the base first."""
+    """A running server. `url` ends in /v1; requests may name the base or one of `adapters`."""
 
     url: str
-    models: list[str]
+    base: str
+    shelf: Any
+    replicas: int
+    api_key: str | None
+    limits: dict[str, Any]
+    """LoRA options that the engines were started with."""
+    adapters: list[str] = field(default_factory=list)
+
+    @property
+    def models(self) -> list[str]:
+        """The names that requests may use, the base first."""
+        return [self.base, *self.adapters]
+
+    def change(self, put: dict[str, Path], remove: Sequence[str] = ()) -> None:
+        """Serve the PEFT folders `put` too, under their keys, and no longer those named in `remove`.
+
+        Returns when all replicas do and every new adapter was seen to act; requests that run are finished as they
+        began. Raises UserError for an adapter that cannot be served or changes nothing: then none of `put` is.
+        """
+        for name, path in put.items():
+            self._check_fits(name, path)
+        files = {name: _files(path) for name, path in put.items()}
+        self._reach(files, remove)
+        self.adapters = [name for name in self.adapters if name not in (*put, *remove)] + [*put]
+        try:
+            _check_adapters_act(self.url, self.base, put, self.api_key)
+        except UserError:
+            self.adapters = [name for name in self.adapters if name not in put]
+            self._reach({}, [*put])
+            raise
+
+    def _reach(self, put: dict[str, dict[str, bytes]], remove: Sequence[str]) -> None:
+        version = ray.get(self.shelf.change.remote(put, list(remove)))
+        if not ray.get(self.shelf.adopted_by.remote(self.replicas, version, ADOPTION_SECONDS)):
+            raise UserError(
+                f"serving: fewer than {self.replicas} replicas took the change of adapters within "
+                f"{ADOPTION_SECONDS:.0f} s; see `ray status`, one may be starting again"
+            )
+
+    def _check_fits(self, name: str, path: Path) -> None:
+        if name == self.base:
+            raise UserError(
+                f"adapters: {name!r} is the name of the base as well; give the adapter another name"
+            )
+        needed = lora_options([path])
+        modules = sorted(set(needed["lora_target_modules"]) - set(self.limits["lora_target_modules"]))
+        if needed["max_lora_rank"] > self.limits["max_lora_rank"] or modules:
+            raise UserError(
+                f"{path}: does not fit what this server was started for (rank up to {self.limits['max_lora_rank']}, "
+                f"modules {', '.join(self.limits['lora_target_modules'])}); start it again with this adapter"
+            )
 
 
 @contextmanager
@@ -59,6 +108,7 @@ def serve_models(
     tokenizer: Path | None = None,
     num_gpus: float = 0,
     threads: int | None = None,
+    replicas: int = 1,
     wait_seconds: float = WAIT_SECONDS,
     api_key: str | None = None,
 ) -> Iterator[Endpoint]:
@@ -66,14 +116,16 @@ def serve_models(
 
     Every adapter is shown to act before the block is entered. Joins the Ray cluster of this process, or starts one.
     `port` 0 picks a free one. `chat_template` is Jinja text or a file; without it (and without `tokenizer`, a folder)
-    vLLM uses the base's. `threads` None uses all CPUs of the largest node. `wait_seconds`: how long to wait for what
-    the replica needs. With `api_key`, requests need it as their bearer token. A page to try the models is at `/`.
-    Nothing is left running after the block, nor after this process is killed. Raises UserError for a taken port, a folder that cannot be served, an adapter
-    that changes nothing, too few resources, and where Ray Serve already runs on the cluster.
+    vLLM uses the base's. Each of the `replicas` is an engine of its own with `num_gpus`, or with `threads` CPUs; None
+    gives each an equal share of all. `wait_seconds`: how long to wait for what they need. With `api_key`, requests
+    need it as their bearer token. A page to try the models is at `/`. Nothing is left running after the block, nor
+    after this process is killed. Raises UserError for a taken port, a folder that cannot be served, an adapter that
+    changes nothing, too few resources, and where Ray Serve already runs on the cluster.
     """
     if name in adapters:
         raise UserError(f"adapters: {name!r} is the name of the base as well; give the adapter another name")
     free_port(host, port)  # said before anything heavy starts; Ray may take a port before it is used below
+    limits = lora_options(adapters.values())
     options = {
         "model": resolve(Base(base=str(base))),
         "served_model_name": [name],
@@ -86,15 +138,34 @@ def serve_models(
         "api_key": [api_key] if api_key else None,
         "worker_extension_cls": "crosslora.vllm_worker.EndsWithReplica",
         **_device_options(num_gpus),
-        **lora_options(adapters.values()),
+        **limits,
     }
-    paths = {key: str(path.resolve()) for key, path in adapters.items()}
-    with cluster.session(Cluster()), _lifeline() as lifeline:
-        actor = _actor_options(num_gpus, threads, wait_seconds)
-        app = VllmServer.options(ray_actor_options=actor).bind(options, paths, lifeline)  # type: ignore[attr-defined]
+    with cluster.session(Cluster()), _lifeline() as lifeline, _shelf() as shelf:
+        ray.get(shelf.change.remote({key: _files(path) for key, path in adapters.items()}, []))
+        actor = _actor_options(num_gpus, threads, replicas, wait_seconds)
+        deployment: Any = VllmServer
+        app = deployment.options(ray_actor_options=actor, num_replicas=replicas).bind(
+            options, shelf, lifeline
+        )
         with _running(app, options["model"], host, free_port(host, port)) as url:
             _check_adapters_act(url, name, adapters, api_key)
-            yield Endpoint(url, [name, *adapters])
+            yield Endpoint(url, name, shelf, replicas, api_key, limits, [*adapters])
+
+
+@contextmanager
+def _shelf() -> Iterator[Any]:
+    shelf = cluster.beside_driver(Shelf)
+    try:
+        yield shelf
+    finally:
+        ray.kill(shelf)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """What PEFT and vLLM read of an adapter."""
+    return {
+        file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in (".json", ".safetensors")
+    }
 
 
 def _device_options(num_gpus: float) -> dict[str, Any]:
@@ -106,58 +177,13 @@ def _device_options(num_gpus: float) -> dict[str, Any]:
     }
 
 
-def _actor_options(num_gpus: float, threads: int | None, wait_seconds: float) -> dict[str, Any]:
-    """What the replica asks of Ray: as many CPUs as it has threads, so that nothing runs beside it."""
-    cpus = threads or (1 if num_gpus else cluster.cpus_per_share(1))
-    cluster.require({"CPU": cpus, "GPU": num_gpus}, "serving", wait_seconds)
+def _actor_options(
+    num_gpus: float, threads: int | None, replicas: int, wait_seconds: float
+) -> dict[str, Any]:
+    """What a replica asks of Ray: as many CPUs as it has threads, so that nothing runs beside it."""
+    cpus = threads or (1 if num_gpus else cluster.cpus_per_share(replicas))
+    cluster.require({"CPU": replicas * cpus, "GPU": replicas * num_gpus}, "serving", wait_seconds)
     return {"num_cpus": cpus, "num_gpus": num_gpus, "runtime_env": {"env_vars": environment(cpus, num_gpus)}}
-
-
-@serve.deployment(
-    name=DEPLOYMENT,
-    max_ongoing_requests=4 * MAX_SEQUENCES,
-    max_constructor_retry_count=1,
-    graceful_shutdown_wait_loop_s=0.1,
-    graceful_shutdown_timeout_s=5,
-)
-@serve.ingress()
-class VllmServer:
-    """A replica: vLLM's engine, and vLLM's own OpenAI app as what Ray Serve hands the requests to."""
-
-    def __init__(self, options: dict[str, Any], adapters: dict[str, str], lifeline: tuple[str, int]) -> None:
-        self._options = options
-        self._adapters = adapters
-        self._engine: Any = None
-        self._resources = AsyncExitStack()
-        driver = socket.create_connection(lifeline)
-        threading.Thread(target=_end_serve_with, args=[driver], daemon=True).start()
-
-    async def __serve_build_asgi_app__(self) -> Any:
-        """Ray Serve calls this once, in the event loop that serves the app."""
-        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-        from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
-        from vllm.entrypoints.launchers.app import build_app
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
-        from vllm.entrypoints.openai.models.protocol import LoRAModulePath
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-        args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-        vars(args).update(self._options)
-        args.lora_modules = [LoRAModulePath(name, path) for name, path in self._adapters.items()]
-        self._engine = await self._resources.enter_async_context(build_async_engine_client(args))
-        await self._engine.collective_rpc("end_with", args=(os.getpid(),))
-        tasks = await self._engine.get_supported_tasks()
-        app = build_app(args, tasks, self._engine.model_config)
-        app.add_api_route("/", _page, response_class=HTMLResponse, include_in_schema=False)
-        await init_app_state(self._engine, app.state, args, tasks)
-        return app
-
-    async def check_health(self) -> None:
-        """Ray Serve calls this every few seconds, and starts a new replica where it raises."""
-        await self._engine.check_health()
-
-    async def __del__(self) -> None:
-        await self._resources.aclose()
 
 
 @contextmanager
@@ -178,7 +204,7 @@ def _running(app: Any, base: str, host: str, port: int) -> Iterator[str]:
             raise UserError(_why_not_served(base)) from error
         yield f"http://{host}:{port}/v1"
     finally:
-        _end_serve()
+        end_serve()
 
 
 def _why_not_served(base: str) -> str:
@@ -197,7 +223,7 @@ def _controller() -> Any:
     return None
 
 
-def _end_serve() -> None:
+def end_serve() -> None:
     """Shut Ray Serve down and wait until it is gone.
 
     serve.shutdown() alone would wait in a call that ends with the death of the callee, which Ray prints as a failure.
@@ -222,12 +248,6 @@ def _lifeline() -> Iterator[tuple[str, int]]:
         yield server.getsockname()[:2]
 
 
-def _end_serve_with(driver: socket.socket) -> None:
-    with suppress(OSError):
-        driver.recv(1)
-    _end_serve()
-
-
 def free_port(host: str, port: int) -> int:
     """`port`, or a free one where it is 0; raises UserError where it is taken."""
     with socket.socket() as probe:
@@ -242,16 +262,18 @@ def free_port(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def _page() -> str:
-    """What the endpoint shows in a browser."""
-    return Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-
-
 def _check_adapters_act(url: str, name: str, adapters: dict[str, Path], api_key: str | None = None) -> None:
     """Raise UserError on an adapter with which the endpoint gives the base's logprobs."""
     without = _logprobs(url, name, api_key)
     for adapter, path in adapters.items():
-        if _logprobs(url, adapter, api_key) == without:
+        try:
+            within = _logprobs(url, adapter, api_key)
+        except urllib.error.HTTPError as error:
+            raise UserError(
+                f"{path}: vLLM does not serve it ({error.code}); its output is in worker-*.out among the logs of Ray's "
+                "session"
+            ) from error
+        if within == without:
             raise UserError(
                 f"{path}: served as {adapter!r} it changes nothing (the same logprobs as {name!r}); "
                 "check that its B matrices are not zero, and that it belongs to this base"

@@ -1,25 +1,32 @@
 """The whole transfer as a Ray job:
 
-ray job submit --working-dir . -- python ray_jobs/transfer.py --config examples/snips/demo.yaml
+ray job submit --working-dir . -- python ray_jobs/transfer.py --config examples/snips/demo.yaml cluster.address=auto
 """
+
+from __future__ import annotations
 
 import argparse
 import sys
 
 import crosslora
+from crosslora.compare import compare, show
 from crosslora.errors import UserError
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(until: str | None = None) -> None:
+    """Run all stages up to `until`, done ones aside. The job fails where this exits with 2 (mend it) or 1."""
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("--config", required=True, help="YAML configuration")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as cluster.address=auto")
     arguments = parser.parse_args()
     try:
-        result = crosslora.transfer(crosslora.load_config(arguments.config, arguments.overrides))
+        config = crosslora.load_config(arguments.config, arguments.overrides)
+        result = crosslora.transfer(config, until=until)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    if result.adapters:
+        show(compare([result.run]))
     for adapter in result.adapters:
         print(f"adapter: {adapter.folder}")
 

@@ -48,8 +48,7 @@ def evaluate(
     pair = TokenizerPair.load(config.source, config.target)
     tasks = _tasks(config, stage.folder, corpus)
     answers: Answers = {}
-    # in the run folder where it is a local one: the node that serves may be another than this
-    with tempfile.TemporaryDirectory(prefix="adapters-", dir=stage.folder.local_root) as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         folders = _adapters(config, adapter, pair, exported, Path(temporary))
         teacher = {TEACHER: folders.pop(TEACHER)}
         answers |= _answers(config, config.source, SOURCE_BASE, teacher, pair.teacher, tasks, [TEACHER])

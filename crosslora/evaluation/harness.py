@@ -93,7 +93,7 @@ def _evaluate(
     config: Config, source: AdapterSource, folder: RunFolder, benchmarks: Benchmarks
 ) -> dict[str, Any]:
     exported = f"export/{source.name}"
-    with tempfile.TemporaryDirectory(prefix="adapters-", dir=folder.local_root) as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         teacher, student = Path(temporary) / TEACHER, Path(temporary) / STUDENT
         write_adapter(teacher, read_adapter(source.path).factors, config.source.base)
         stage_locally(folder, exported, folder.read_json(f"{exported}/manifest.json")["files"], student)

@@ -152,7 +152,7 @@ class _Foreman:
         self, config: Config, adapter: Path, stage: Stage, pending: deque[int], num_engines: int
     ) -> None:
         self.settings, self.stage, self.pending = config.synthesis, stage, pending
-        self.board = cluster.board()
+        self.board = cluster.beside_driver(cluster.Board)
         seed = self.settings.random_seed * 1_000_003 + pending[0]  # a resumed run must not repeat what it has
         actor_class = _actor_class(config, num_engines)
         self._start = lambda number: actor_class.remote(
@@ -242,5 +242,8 @@ def _actor_class(config: Config, engines: int) -> Any:
     cpus = 1 if gpus else cluster.cpus_per_share(engines)
     cluster.require({"CPU": engines * cpus, "GPU": engines * gpus}, "synthesize", config.cluster.wait_seconds)
     return ray.remote(Teacher).options(
-        num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": environment(cpus, gpus)}
+        num_cpus=cpus,
+        num_gpus=gpus,  # of one node: tensor parallelism stays inside it
+        scheduling_strategy="SPREAD",
+        runtime_env={"env_vars": environment(cpus, gpus)},
     )

@@ -37,7 +37,7 @@ def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) ->
     needed = {"CPU": settings.workers * cpus, "GPU": settings.workers * gpus}
     cluster.require(needed, "fit", config.cluster.wait_seconds)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", SECONDS_BETWEEN_CHECKS)
-    board = cluster.board()
+    board = cluster.beside_driver(cluster.Board)
     job = {
         "config": config.model_dump(mode="json"),
         "adapter": str(adapter),
@@ -52,6 +52,8 @@ def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) ->
             num_workers=settings.workers,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+            # GPUs of one node exchange gradients and shards faster; CPUs of one node share its memory bandwidth.
+            placement_strategy="PACK" if gpus else "SPREAD",
         ),
         run_config=_run_config(config, stage, cpus, "cuda" if gpus else "cpu"),
     )
