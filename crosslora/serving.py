@@ -33,6 +33,8 @@ STOP_SECONDS = 25.0
 WAIT_SECONDS = Cluster().wait_seconds
 APPLICATION = "crosslora"
 ADOPTION_SECONDS = 30.0
+LEAST_SLOTS = 4
+"""Adapters that run in one batch; those beyond take turns."""
 PROBE = "The quick brown fox jumps over the lazy dog."
 
 
@@ -86,11 +88,11 @@ class Endpoint:
                 f"adapters: {name!r} is the name of the base as well; give the adapter another name"
             )
         needed = lora_options([path])
-        modules = sorted(set(needed["lora_target_modules"]) - set(self.limits["lora_target_modules"]))
-        if needed["max_lora_rank"] > self.limits["max_lora_rank"] or modules:
+        rank, modules = self.limits.get("max_lora_rank", 0), self.limits.get("lora_target_modules", [])
+        if needed["max_lora_rank"] > rank or not set(needed["lora_target_modules"]) <= set(modules):
             raise UserError(
-                f"{path}: does not fit what this server was started for (rank up to {self.limits['max_lora_rank']}, "
-                f"modules {', '.join(self.limits['lora_target_modules'])}); start it again with this adapter"
+                f"{path}: does not fit what this server was started for (rank up to {rank}, modules "
+                f"{', '.join(modules) or 'none'}); start it again with this adapter"
             )
 
 
@@ -126,6 +128,8 @@ def serve_models(
         raise UserError(f"adapters: {name!r} is the name of the base as well; give the adapter another name")
     free_port(host, port)  # said before anything heavy starts; Ray may take a port before it is used below
     limits = lora_options(adapters.values())
+    if limits:  # one more than there are: for a moment a replaced adapter and its successor run in one batch
+        limits["max_loras"] = max(len(adapters) + 1, LEAST_SLOTS)
     options = {
         "model": resolve(Base(base=str(base))),
         "served_model_name": [name],

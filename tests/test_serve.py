@@ -33,9 +33,12 @@ def test_adapters_of_runs_and_folders_by_path_and_uri(run: Path, base: Path, tmp
     (run / "export/second/manifest.json").write_text("{}")
     alone = tmp_path / "alone"
     tiny_lora(alone, base, 3)
-    found = find_adapters([f"file://{run}", f"{alone}/"], tmp_path / "copies")
-    assert [adapter.name for adapter in found] == ["first", "second", "alone"]
-    for adapter, origin in zip(found, [run / "export/first", run / "export/second", alone], strict=True):
+    tiny_lora(tmp_path / "many/a", base, 4)
+    tiny_lora(tmp_path / "many/b", base, 5)
+    found = find_adapters([f"file://{run}", f"{alone}/", f"{tmp_path}/many"], tmp_path / "copies")
+    assert [adapter.name for adapter in found] == ["first", "second", "alone", "a", "b"]
+    origins = [run / "export/first", run / "export/second", alone, tmp_path / "many/a", tmp_path / "many/b"]
+    for adapter, origin in zip(found, origins, strict=True):
         weights = "adapter_model.safetensors"
         assert (adapter.folder / weights).read_bytes() == (origin / weights).read_bytes()
 
@@ -48,14 +51,17 @@ def test_an_adapter_without_a_base_asks_for_one(base: Path, tmp_path: Path) -> N
         common_base(find_adapters([str(tmp_path / "mine")], tmp_path / "copies"))
 
 
-def test_an_adapter_that_is_not_exported_is_named(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'second' is not exported yet"):
-        find_adapters([str(run)], tmp_path / "copies")
+def test_of_a_run_what_is_exported_is_found(run: Path, base: Path, tmp_path: Path) -> None:
+    tiny_lora(run / "export/second", base, 2)  # without its manifest: it is still being written
+    assert [adapter.name for adapter in find_adapters([str(run)], tmp_path / "copies")] == ["first"]
 
 
-def test_a_place_without_an_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"neither adapter_config\.json nor run\.json"):
-        find_adapters([str(tmp_path)], tmp_path / "copies")
+def test_a_place_without_an_adapter_is_refused(run: Path, tmp_path: Path) -> None:
+    (run / "export/first/manifest.json").unlink()
+    (tmp_path / "empty").mkdir()
+    for place in (run, tmp_path / "empty", tmp_path / "none"):
+        with pytest.raises(UserError, match=f"{place}: holds no adapter"):
+            find_adapters([str(place)], tmp_path / "copies")
 
 
 def test_two_adapters_of_one_name_are_refused(base: Path, tmp_path: Path) -> None:

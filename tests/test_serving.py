@@ -2,13 +2,14 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import ray
 import torch
-from openai import AuthenticationError, OpenAI
+from openai import AuthenticationError, NotFoundError, OpenAI
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -36,6 +37,8 @@ KEY = "a key"
 MODELS = ["base", "one", "two"]
 ENGINE = ("VLLM::", "multiprocessing.spawn")
 """vLLM's engine, named and not yet named."""
+MANY = 12
+"""Requests in a row that hardly all reach the same one of two replicas."""
 SETTINGS: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "threads": 1}
 
 
@@ -61,9 +64,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 @pytest.fixture(scope="module")
-def server(folders: Folders) -> Iterator[Server]:
-    """The command, with two adapters and with a Ray of its own."""
-    with _driver(folders, ["one", "two"], CROSSLORA_API_KEY=KEY) as driver:
+def places(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder whose adapters are served."""
+    place = tmp_path_factory.mktemp("places")
+    for name, folder in folders.adapters.items():
+        shutil.copytree(folder, place / name)
+    return place
+
+
+@pytest.fixture(scope="module")
+def server(folders: Folders, places: Path) -> Iterator[Server]:
+    """The command, with two adapters, two replicas and a Ray of its own."""
+    with _driver(folders, places, "--replicas=2", CROSSLORA_API_KEY=KEY) as driver:
         url = _url(driver)
         yield Server(driver, url, OpenAI(base_url=url, api_key=KEY, max_retries=0))
 
@@ -162,7 +174,7 @@ def test_logprobs_in_a_mixed_batch_are_those_of_peft(server: Server, folders: Fo
     """Echo with an adapter also shows that the head is not wrapped for LoRA, which would kill the engine."""
     with ThreadPoolExecutor(24) as pool:
         served = list(pool.map(lambda model: _echoed(server.client, model), MODELS * 8))
-    expected = [_expected(folders, model) for model in MODELS]
+    expected = [_expected(folders, folders.adapters.get(model)) for model in MODELS]
     for row, reference in zip(served, expected * 8, strict=True):
         torch.testing.assert_close(row, reference, atol=2e-4, rtol=0)
     base, one, two = served[:3]
@@ -187,6 +199,66 @@ def test_the_harness_gives_the_likelihoods_of_peft(
 def test_an_adapter_that_changes_nothing_is_named(server: Server, folders: Folders) -> None:
     with pytest.raises(UserError, match="idle: served as 'base' it changes nothing"):
         _check_adapters_act(server.url, "base", {"one": folders.adapters["one"], "base": Path("idle")}, KEY)
+
+
+@pytest.mark.real
+def test_adapters_come_and_go_on_all_replicas(
+    server: Server, folders: Folders, places: Path, tmp_path: Path
+) -> None:
+    """What is asked for while its adapter goes is answered to its end."""
+    three = tiny_lora(tmp_path / "three", folders.base, 3)
+    shutil.copytree(three, places / "three")
+    _until(lambda: all(_serves(server, "three") for _ in range(MANY)))
+    torch.testing.assert_close(_echoed(server.client, "three"), _expected(folders, three), atol=2e-4, rtol=0)
+    stream = server.client.completions.create(
+        model="three", prompt=IDS, max_tokens=400, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(stream)
+    shutil.rmtree(places / "three")
+    _until(lambda: not any(_serves(server, "three") for _ in range(MANY)))
+    assert list(stream)[-1].choices[0].finish_reason == "length"
+
+
+@pytest.mark.real
+def test_an_adapter_that_does_not_fit_is_not_served(server: Server, folders: Folders, places: Path) -> None:
+    tiny_lora(places / "wide", folders.base, 4, r=64)
+    time.sleep(8)
+    shutil.rmtree(places / "wide")
+    assert [model.id for model in server.client.models.list()] == MODELS
+
+
+@pytest.mark.real
+def test_no_answer_is_of_another_model_while_one_is_replaced(
+    server: Server, folders: Folders, places: Path, tmp_path: Path
+) -> None:
+    versions = [places / "two", tiny_lora(tmp_path / "new", folders.base, 5)]
+    expected = {
+        "base": [_expected(folders, None)],
+        "one": [_expected(folders, places / "one")],
+        "two": [_expected(folders, version) for version in versions],
+    }
+    answers: dict[str, list[torch.Tensor]] = {model: [] for model in MODELS}
+
+    def ask(number: int) -> None:
+        model = MODELS[number % 3]
+        answers[model].append(_echoed(server.client, model))
+
+    with ThreadPoolExecutor(32) as pool:
+        first = pool.map(ask, range(300))
+        for file in versions[1].iterdir():
+            shutil.copy(file, places / "two")
+        list(first)
+        deadline = time.monotonic() + 10
+        while not _close(answers["two"][-1], expected["two"][1]):
+            assert time.monotonic() < deadline, "the new version is not served"
+            list(pool.map(ask, range(30)))
+        list(pool.map(ask, range(300)))
+    assert all(_close(answer, expected["base"][0]) for answer in answers["base"])
+    assert all(_close(answer, expected["one"][0]) for answer in answers["one"])
+    is_new = [_close(answer, expected["two"][1]) for answer in answers["two"]]
+    old = [answer for answer, new in zip(answers["two"], is_new, strict=True) if not new]
+    assert old and all(_close(answer, expected["two"][0]) for answer in old)
+    assert all(is_new[-100:]), "all replicas have changed"
 
 
 @pytest.mark.real
@@ -215,7 +287,9 @@ def test_nothing_is_left_when_the_driver_is_killed(folders: Folders) -> None:
     """Killed while vLLM starts, on a cluster that goes on: there the actors of Ray Serve would outlive their driver."""
     with (
         cluster.session(Cluster()),
-        _driver(folders, ["one"], RAY_ADDRESS=ray.get_runtime_context().gcs_address) as driver,
+        _driver(
+            folders, folders.adapters["one"], RAY_ADDRESS=ray.get_runtime_context().gcs_address
+        ) as driver,
     ):
         while not _has_engine(started := _serving_processes()):
             assert driver.poll() is None
@@ -229,7 +303,7 @@ def test_nothing_is_left_when_the_driver_is_killed(folders: Folders) -> None:
 @pytest.mark.slow
 def test_no_engine_is_left_when_ray_breaks(folders: Folders) -> None:
     """Without its head process Ray ends its actors, but not their children."""
-    with _driver(folders, ["one"]) as driver:
+    with _driver(folders, folders.adapters["one"]) as driver:
         _url(driver)
         started = _serving_processes()
         assert _has_engine(started)
@@ -242,11 +316,12 @@ def test_no_engine_is_left_when_ray_breaks(folders: Folders) -> None:
 
 
 @contextmanager
-def _driver(folders: Folders, names: list[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
+def _driver(
+    folders: Folders, place: Path, *options: str, **environment: str
+) -> Iterator[subprocess.Popen[str]]:
     """`crosslora serve` with tiny adapters, in a process of its own."""
-    options = [f"--base={folders.base}", "--dtype=float32", "--max-model-len=512", "--threads=1", "--port=0"]
-    places = [str(folders.adapters[name]) for name in names]
-    command = [sys.executable, "-m", "crosslora", "serve", *places, *options]
+    fixed = [f"--base={folders.base}", "--dtype=float32", "--max-model-len=512", "--threads=1", "--port=0"]
+    command = [sys.executable, "-m", "crosslora", "serve", str(place), *fixed, *options]
     with subprocess.Popen(
         command, env=os.environ | environment, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -273,14 +348,33 @@ def _echoed(client: OpenAI, model: str) -> torch.Tensor:
     return torch.tensor(logprobs.token_logprobs[1 : len(IDS)])
 
 
-def _expected(folders: Folders, model: str) -> torch.Tensor:
+def _expected(folders: Folders, adapter: Path | None) -> torch.Tensor:
     """log p of IDS[1:] with transformers and PEFT in float32."""
     reference = AutoModelForCausalLM.from_pretrained(folders.base, dtype=torch.float32)
-    if model != "base":
-        reference = PeftModel.from_pretrained(reference, folders.adapters[model])
+    if adapter is not None:
+        reference = PeftModel.from_pretrained(reference, adapter)
     with torch.no_grad():
         logprobs = reference(torch.tensor([IDS])).logits[0].log_softmax(-1)
     return logprobs[:-1].gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
+
+
+def _close(row: torch.Tensor, reference: torch.Tensor) -> bool:
+    return torch.allclose(row, reference, atol=2e-4, rtol=0)
+
+
+def _serves(server: Server, model: str) -> bool:
+    """Whether the replica that gets the request serves the model."""
+    try:
+        server.client.completions.create(model=model, prompt=IDS, max_tokens=1)
+    except NotFoundError:
+        return False
+    return True
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline, "not within 10 s"
 
 
 def _mmlu_is_right(folders: Folders, row: dict[str, Any]) -> float:

@@ -1,18 +1,13 @@
 """The real adapter moves between the two real models (`make models` makes their folders), in a short run.
 
 The tests are one story, told in order: the run is killed, interrupted, and ended by `ray job submit`. Two workers fit,
-with ZeRO-2. Each test also works alone: whatever the run still lacks is then made by the job.
+with ZeRO-2 (tests/test_nodes.py has ZeRO-3). Each test also works alone: whatever the run still lacks is then made by the job.
 """
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -22,17 +17,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import crosslora
-from crosslora import cluster
 from crosslora.config import Config
 from crosslora.errors import UserError
 from crosslora.evaluation.harness import evaluate_run, find_benchmarks
 from crosslora.run_folder import RunFolder, stage_states
-from crosslora.serving import free_port
-from crosslora.training.fit import check_corpus, fit
+from crosslora.training.fit import check_corpus
 from tests.interrupted import Transfer, events
+from tests.nodes import ROOT, Nodes
 from tests.tiny import write_benchmarks
 
-ROOT = Path(__file__).parent.parent
 CORPUS = ("synthesize/snips", "filter/snips")
 SHORT = (
     "synthesis.samples=160",
@@ -70,47 +63,9 @@ def config_file(config: Config) -> Path:
 def run(config: Config, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run, ended by a job on a cluster of one node."""
     job = ["python", "ray_jobs/transfer.py", "--config", config_file, "cluster.address=auto"]
-    with head_node(tmp_path_factory.mktemp("link")) as ray_command:
-        ray_command("job", "submit", "--working-dir", ".", "--", *job)
+    with Nodes(tmp_path_factory.mktemp("link"), head_cpus=os.cpu_count() or 1) as nodes:
+        nodes.job(*job)
     return Path(config.run)
-
-
-@contextmanager
-def head_node(folder: Path) -> Iterator[Callable[..., None]]:
-    """A Ray cluster outside this process; yields a function that runs the `ray` command against it.
-
-    `ray start` does not quote the path of its Python: a link in `folder` leads around a space in it.
-    """
-    (folder / "environment").symlink_to(sys.prefix)
-    programs = folder / "environment" / "bin"
-    ray = [programs / "python", "-m", "ray.scripts.scripts"]
-    port, jobs, agent = (free_port("127.0.0.1", 0) for _ in range(3))
-    environment = {
-        **os.environ,
-        "PATH": f"{programs}:{os.environ['PATH']}",
-        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{jobs}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": uuid.uuid4().hex,
-    }
-
-    def ray_command(*arguments: str | Path) -> None:
-        subprocess.run([*ray, *arguments], env=environment, cwd=ROOT, check=True)
-
-    # Without a port of its own the agent that starts jobs gives up where another Ray still holds the usual one.
-    ports = [f"--port={port}", f"--dashboard-port={jobs}", f"--dashboard-agent-listen-port={agent}"]
-    node = subprocess.Popen(
-        [*ray, "start", "--head", "--block", "--disable-usage-stats", *ports], env=environment
-    )
-    try:
-        for attempt in range(20):
-            with suppress(subprocess.CalledProcessError):
-                ray_command("job", "submit", "--", "true")
-                break
-            assert attempt < 19, "the cluster runs no jobs"
-        yield ray_command
-    finally:
-        node.terminate()
-        node.wait()
 
 
 def test_killed_in_synthesis(config: Config, config_file: Path) -> None:
@@ -192,19 +147,6 @@ def test_changed_inputs_are_refused_with_the_difference(config: Config, run: Pat
     fewer = config.model_copy(update={"fit": config.fit.model_copy(update={"steps": 13})})
     with pytest.raises(UserError, match=r"fit\.steps: 60 -> 13.*--redo fit"):
         crosslora.transfer(fewer)
-
-
-def test_zero_3_starts_alike_and_learns(config: Config, run: Path) -> None:
-    few = config.fit.model_copy(update={"zero_stage": 3, "steps": 3})
-    stage = RunFolder.open(str(run)).stage("fit/zero3", {"name": "zero3"})
-    with cluster.session(config.cluster):
-        fit(config.model_copy(update={"fit": few}), config.adapters[0].path, CORPUS, stage)
-    sharded, whole = (events(run / name / "events.jsonl") for name in ("fit/zero3", "fit/snips"))
-    for event, field in (("held_out", "loss"), ("held_out", "kl"), ("step", "loss")):
-        first, expected = (next(e[field] for e in run if e["event"] == event) for run in (sharded, whole))
-        assert first == pytest.approx(expected, rel=0.02)
-    looks = [e["loss"] for e in sharded if e["event"] == "held_out"]
-    assert looks[-1] < 0.9 * looks[0]
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ def ask(
     async def run() -> list[Answer]:
         gate = asyncio.Semaphore(concurrency)
         with progress(f"evaluate {model}", len(items), "answers") as meter:
-            async with AsyncOpenAI(base_url=url, api_key="none", timeout=600) as client:
+            # a replica that is lost takes its requests with it; Ray Serve brings another
+            async with AsyncOpenAI(base_url=url, api_key="none", timeout=600, max_retries=8) as client:
                 return await asyncio.gather(
                     *(_answer(client, model, item, chat, max_tokens, gate, meter) for item in items)
                 )

@@ -22,6 +22,7 @@ from crosslora.teacher.prompts import SHOTS, build_strategies, counts, read_prom
 from crosslora.text.templates import ChatFormat
 
 MOST_ENGINE_LOSSES = 3
+"""In a row, without a shard between them."""
 SECONDS_BETWEEN_LOOKS = 1.0
 ROOM_FOR_TEMPLATE = 64
 """Tokens that a chat template may put around a prompt that the teacher wrote."""
@@ -146,7 +147,10 @@ def synthesize(config: Config, adapter: Path, stage: Stage) -> dict[str, Any]:
 
 
 class _Foreman:
-    """Hands shards to the engines, writes what they bring, and replaces an engine that dies."""
+    """Hands shards to the engines that are ready, writes what they bring, and replaces an engine that dies.
+
+    A shard that was lost goes to whichever engine is free next: a new one may have to wait for a node.
+    """
 
     def __init__(
         self, config: Config, adapter: Path, stage: Stage, pending: deque[int], num_engines: int
@@ -155,43 +159,64 @@ class _Foreman:
         self.board = cluster.beside_driver(cluster.Board)
         seed = self.settings.random_seed * 1_000_003 + pending[0]  # a resumed run must not repeat what it has
         actor_class = _actor_class(config, num_engines)
-        self._start = lambda number: actor_class.remote(
+        self._new_engine = lambda number: actor_class.remote(
             config.source, adapter, self.settings, (seed + 7919 * number) % 2**32, self.board
         )
-        self.actors = [self._start(number) for number in range(num_engines)]
+        self.actors: list[Any] = []
+        self.starting: dict[Any, Any] = {}
+        """Reference -> the engine that it says is ready."""
         self.work: dict[Any, tuple[Any, int]] = {}
+        """Reference -> the engine and the shard that it brings."""
+        self.idle: deque[Any] = deque()
         self.answered: Counter[int] = Counter()
         """Answers of each unfinished shard that the meter counts already."""
         self.losses = self.tokens = 0
+        """Engines lost since the last shard; response tokens of all shards."""
+        self.started: float | None = None
+        """When the first engine was ready."""
+        for _ in range(num_engines):
+            self._start()
 
     def run(self, meter: Meter) -> None:
-        try:
-            ray.get([actor.ready.remote() for actor in self.actors])
-        except RayActorError as error:
-            cause = str(error).strip().splitlines()[-1].strip()[:300]
-            raise UserError(
-                f"synthesize: the teacher's engine did not start ({cause}); mend that, or use "
-                "synthesis.engine: transformers where vLLM cannot run the source base"
-            ) from error
-        minutes = self.settings.minutes
-        self.started = time.monotonic()
-        self.deadline = None if minutes is None else self.started + 60 * minutes
-        for actor in self.actors:
-            self._hand_out(actor)
-        while self.work:
-            finished, _ = ray.wait(list(self.work), timeout=SECONDS_BETWEEN_LOOKS)
+        while self.work or (self._has_time() and self.pending):
+            finished, _ = ray.wait([*self.starting, *self.work], timeout=SECONDS_BETWEEN_LOOKS)
             self._count_answers(meter)
             for reference in finished:
-                self._take(reference, meter)
+                if reference in self.starting:
+                    self._welcome(reference)
+                else:
+                    self._take(reference, meter)
+            while self.idle and self.pending and self._has_time():
+                actor, index = self.idle.popleft(), self.pending.popleft()
+                self.work[actor.shard.remote(index, _size(index, self.settings))] = (actor, index)
 
     def stop(self) -> None:
         for actor in [*self.actors, self.board]:
             ray.kill(actor)
 
-    def _hand_out(self, actor: Any) -> None:
-        if self.pending and (self.deadline is None or time.monotonic() < self.deadline):
-            index = self.pending.popleft()
-            self.work[actor.shard.remote(index, _size(index, self.settings))] = (actor, index)
+    def _start(self) -> None:
+        self.actors.append(actor := self._new_engine(len(self.actors)))
+        self.starting[actor.ready.remote()] = actor
+
+    def _has_time(self) -> bool:
+        minutes = self.settings.minutes
+        return minutes is None or self.started is None or time.monotonic() < self.started + 60 * minutes
+
+    def _welcome(self, reference: Any) -> None:
+        actor = self.starting.pop(reference)
+        try:
+            ray.get(reference)
+        except RayActorError as error:
+            if self.started is None:
+                cause = str(error).strip().splitlines()[-1].strip()[:300]
+                raise UserError(
+                    f"synthesize: the teacher's engine did not start ({cause}); mend that, or use "
+                    "synthesis.engine: transformers where vLLM cannot run the source base"
+                ) from error
+            self._replace(actor, "while it started", error)
+        else:
+            self.started = self.started or time.monotonic()
+            self.idle.append(actor)
 
     def _count_answers(self, meter: Meter) -> None:
         unfinished = {index for _, index in self.work.values()}
@@ -207,28 +232,29 @@ class _Foreman:
             samples = ray.get(reference)
         except RayActorError as error:
             meter.advance(-answered)
-            actor = self._replace(actor, index, error)
-        else:
-            write_shard(self.stage.folder, self.stage.name, index, samples)
-            self.tokens += sum(len(sample.response_ids) for sample in samples)
-            rate = round(self.tokens / (time.monotonic() - self.started), 1)
-            self.stage.event("shard", shard=index, samples=len(samples), response_tokens_per_second=rate)
-            meter.advance(_size(index, self.settings) - answered, f"{rate:.0f} response tokens/s")
-        self._hand_out(actor)
+            self.pending.appendleft(index)
+            self._replace(actor, f"on shard {index}", error)
+            return
+        write_shard(self.stage.folder, self.stage.name, index, samples)
+        self.losses = 0
+        self.tokens += sum(len(sample.response_ids) for sample in samples)
+        assert self.started is not None
+        rate = round(self.tokens / (time.monotonic() - self.started), 1)
+        self.stage.event("shard", shard=index, samples=len(samples), response_tokens_per_second=rate)
+        meter.advance(_size(index, self.settings) - answered, f"{rate:.0f} response tokens/s")
+        self.idle.append(actor)
 
-    def _replace(self, lost: Any, index: int, error: RayActorError) -> Any:
-        """A new engine in place of the one that died on shard `index`, which is to be done again."""
+    def _replace(self, lost: Any, when: str, error: RayActorError) -> None:
+        """Start a new engine in place of one that died."""
         ray.kill(lost)  # it may only be out of reach, and its resources are what the new one needs
         self.losses += 1
-        self.stage.event("engine_lost", shard=index, losses=self.losses)
+        self.stage.event("engine_lost", when=when, losses=self.losses)
         if self.losses > MOST_ENGINE_LOSSES:
             raise UserError(
-                f"synthesize: teacher engines died {self.losses} times, last on shard {index} "
+                f"synthesize: teacher engines died {self.losses} times in a row, last {when} "
                 f"({str(error).splitlines()[0]}); look for too little memory, lower synthesis.shard_size"
             ) from error
-        self.pending.appendleft(index)
-        self.actors.append(actor := self._start(len(self.actors)))
-        return actor
+        self._start()
 
 
 def _size(index: int, settings: Synthesis) -> int:

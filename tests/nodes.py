@@ -1,0 +1,97 @@
+"""A Ray cluster of several nodes on this machine, each a real `ray start`; nodes come and are lost."""
+
+import os
+import subprocess
+import sys
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from crosslora.serving import free_port
+
+ROOT = Path(__file__).parent.parent
+
+
+class Nodes:
+    """The head runs jobs, and work only with `head_cpus`.
+
+    `ray start` does not quote the path of its Python: a link in `folder` leads around a space in it.
+    """
+
+    def __init__(self, folder: Path, head_cpus: int, **environment: str) -> None:
+        (folder / "environment").symlink_to(sys.prefix)
+        programs = folder / "environment" / "bin"
+        self._ray = [programs / "python", "-m", "ray.scripts.scripts"]
+        self._port, jobs = _port(), _port()
+        self._environment = {
+            **os.environ,
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{jobs}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": uuid.uuid4().hex,
+            **environment,
+        }
+        head = ["--head", f"--port={self._port}", f"--dashboard-port={jobs}", "--disable-usage-stats"]
+        self._nodes = [self._start(*head, f"--num-cpus={head_cpus}")]
+
+    def __enter__(self) -> "Nodes":
+        for attempt in range(20):
+            with suppress(subprocess.CalledProcessError):
+                self.job("true")
+                break
+            assert attempt < 19, "the cluster runs no jobs"
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for node in reversed(self._nodes):
+            node.terminate()
+            node.wait()
+
+    def add(self, cpus: int = 1) -> None:
+        self._nodes.append(self._start(f"--address=127.0.0.1:{self._port}", f"--num-cpus={cpus}"))
+
+    def job(self, *command: str | Path) -> None:
+        """Run a job from the checkout to its end; raises CalledProcessError where it fails."""
+        job = self.begin_job(*command)
+        if code := job.wait():
+            raise subprocess.CalledProcessError(code, command)
+
+    def begin_job(self, *command: str | Path) -> "subprocess.Popen[bytes]":
+        """`ray job submit`, which ends with the job and fails with it."""
+        arguments = [*self._ray, "job", "submit", "--working-dir", ".", "--", *command]
+        return subprocess.Popen(arguments, env=self._environment, cwd=ROOT)
+
+    def lose_node_of(self, process: str) -> None:
+        """Kill a node on which a process of that name runs, and everything on it."""
+        for node in self._nodes[1:]:
+            processes = [node, *psutil.Process(node.pid).children(recursive=True)]
+            if any(process in _name(p.pid) for p in processes[1:]):
+                for p in processes:
+                    with suppress(psutil.NoSuchProcess):
+                        p.kill()
+                node.wait()
+                self._nodes.remove(node)
+                return
+        raise AssertionError(f"no node but the head runs {process}")
+
+    def _start(self, *options: str) -> "subprocess.Popen[bytes]":
+        # Without a port of its own the agent that starts jobs gives up where another Ray still holds the usual one.
+        agent = f"--dashboard-agent-listen-port={_port()}"
+        return subprocess.Popen(
+            [*self._ray, "start", "--block", agent, *options], env=self._environment, cwd=ROOT
+        )
+
+
+def _port() -> int:
+    return free_port("127.0.0.1", 0)
+
+
+def _name(pid: int) -> str:
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(psutil.Process(pid).cmdline())
+    return ""

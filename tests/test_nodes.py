@@ -1,0 +1,177 @@
+"""The whole transfer as a job on three nodes and an S3 store, while nodes are lost. The head does no work.
+
+The two workers fit with ZeRO-3. The tests after the first look at the run it made.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pyarrow import fs as arrow_fs
+
+from crosslora.config import Config
+from crosslora.run_folder import RunFolder, stage_states
+from crosslora.serving import free_port
+from crosslora.teacher.corpus import read_samples
+from tests.nodes import Nodes
+from tests.tiny_pair import make_pair, tiny_config
+
+pytestmark = pytest.mark.real
+SAMPLES, SHARD = 1600, 200
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[str]:
+    """An S3 service on loopback with a bucket; pyarrow finds it by the usual environment variables."""
+    port = free_port("127.0.0.1", 0)
+    variables = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-p", str(port)], stderr=subprocess.DEVNULL
+        ) as server,
+    ):
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        until(lambda: answers(f"http://127.0.0.1:{port}/"), 60)
+        arrow_fs.S3FileSystem(allow_bucket_creation=True).create_dir("adapters")
+        yield "s3://adapters"
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def config(store: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    pair = make_pair(tmp_path_factory.mktemp("three nodes"))
+    config = tiny_config(pair, pair, zero_stage=3, steps=40, checkpoint_every=10, evaluate_every=20)
+    many = {"samples": SAMPLES, "shard_size": SHARD, "engines": 2, "held_out": 0.02}
+    return config.model_copy(
+        update={
+            "run": f"{store}/run",
+            "synthesis": config.synthesis.model_copy(update=many),
+            "evaluation": config.evaluation.model_copy(update={"concurrency": 1}),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def config_file(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("configuration") / "config.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return file
+
+
+@pytest.fixture(scope="module")
+def nodes(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    with Nodes(tmp_path_factory.mktemp("link"), head_cpus=0) as nodes:
+        nodes.add()
+        nodes.add()
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def folder(config: Config) -> RunFolder:
+    return RunFolder.open(config.run)
+
+
+@pytest.fixture(scope="module")
+def early_shards(nodes: Nodes, config_file: Path, folder: RunFolder) -> dict[int, str]:
+    """Digests of the shards that were there when the first node was lost; the run is made here."""
+    job = nodes.begin_job("python", "ray_jobs/transfer.py", "--config", config_file, "cluster.address=auto")
+
+    def wait_for(stage: str, event: Callable[[dict[str, Any]], bool]) -> None:
+        until(lambda: any(map(event, events(folder, stage))) or job.poll() is not None, 300)
+        assert job.poll() is None, "the job ended by itself"
+
+    wait_for("synthesize", lambda event: event["event"] == "shard")
+    early = shards(folder)
+    nodes.lose_node_of("ray::Teacher")
+    nodes.add()
+    wait_for("fit", lambda event: event.get("step", 0) >= 13)
+    nodes.lose_node_of("RayTrainWorker")
+    nodes.add()
+    assert job.wait() == 0
+    return early
+
+
+def test_the_run_ends(early_shards: dict[int, str], folder: RunFolder) -> None:
+    assert set(stage_states(folder).values()) == {"done"}
+    assert json.loads(folder.read_bytes("evaluate/tiny/results.json"))["tasks"]["say"]["n"] == 8
+
+
+def test_no_sample_is_lost_or_doubled_and_finished_shards_stay(
+    early_shards: dict[int, str], folder: RunFolder
+) -> None:
+    assert any(event["event"] == "engine_lost" for event in events(folder, "synthesize"))
+    ids = [sample.sample_id for sample in read_samples(folder, "synthesize/tiny")]
+    prefixes = [f"{index:05d}" for index in range(SAMPLES // SHARD)]
+    assert len(set(ids)) == len(ids) and {name.split("-")[0] for name in ids} == set(prefixes)
+    assert early_shards and early_shards.items() <= shards(folder).items()
+
+
+def test_the_fit_goes_on_from_its_checkpoint(early_shards: dict[int, str], folder: RunFolder) -> None:
+    fitted = events(folder, "fit")
+    assert [event["step"] for event in fitted if event["event"] == "resumed"] == [10]
+    steps = [event["step"] for event in fitted if event["event"] == "step"]
+    assert set(steps) == set(range(1, 41))
+
+
+@pytest.mark.slow
+def test_a_replica_is_lost_in_evaluation(
+    early_shards: dict[int, str], nodes: Nodes, config_file: Path, folder: RunFolder
+) -> None:
+    port = free_port("127.0.0.1", 0)
+    folder.remove("evaluate")
+    job = nodes.begin_job(
+        *("python", "ray_jobs/evaluate.py", "--config", config_file, "cluster.address=auto"),
+        *(f"evaluation.port={port}", "evaluation.tasks.0.items=96", "evaluation.tasks.0.max_tokens=64"),
+    )
+    until(lambda: answers(f"http://127.0.0.1:{port}/v1/models") or job.poll() is not None, 300)
+    time.sleep(5)
+    nodes.lose_node_of("ray::ServeReplica")
+    nodes.add()
+    assert job.wait() == 0
+    assert json.loads(folder.read_bytes("evaluate/tiny/results.json"))["tasks"]["say"]["n"] == 96
+
+
+def events(folder: RunFolder, stage: str) -> list[dict[str, Any]]:
+    """Events of a stage, oldest first; a store keeps each in a file of its own."""
+    files = folder.sub(f"{stage}/tiny/events").entries()
+    return [json.loads(folder.read_bytes(f"{stage}/tiny/events/{file.base_name}")) for file in files]
+
+
+def shards(folder: RunFolder) -> dict[int, str]:
+    """Digest of each shard that has its marker."""
+    found = {}
+    for entry in folder.sub("synthesize/tiny").entries():
+        if entry.base_name.startswith("shard-") and entry.base_name.endswith(".json"):
+            content = folder.read_bytes(f"synthesize/tiny/{entry.base_name[:-5]}.parquet")
+            found[int(entry.base_name[6:11])] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def answers(url: str) -> bool:
+    with suppress(OSError):
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url).read()
+        return True
+    return False
+
+
+def until(holds: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.5)
