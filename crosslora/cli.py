@@ -83,13 +83,21 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def plan(config: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Show what a transfer will do and need, from headers alone."""
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="KIND", help="Also for GPUs of this kind, such as H100-80GB.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many.  [default: as few as will do]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a transfer will do and need, from headers alone: on GPUs also settings that fit, hours and cost."""
     from crosslora.config import load_config
     from crosslora.plan import make_plan
     from crosslora.plan_table import show
 
-    made = make_plan(load_config(config, overrides))
+    made = make_plan(load_config(config, overrides), gpu, gpus)
     if as_json:
         _print_json(made.as_dict())
     else:

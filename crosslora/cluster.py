@@ -74,27 +74,40 @@ def cpus_per_share(shares: int) -> int:
     return next((c for c in range(max(nodes, default=0), 1, -1) if sum(n // c for n in nodes) >= shares), 1)
 
 
-def require(needed: dict[str, float], stage: str, wait_seconds: float) -> None:
-    """Wait until the cluster holds `needed` (CPU, GPU); raises UserError that says needed against available."""
+def require(bundle: dict[str, float], count: int, stage: str, wait_seconds: float) -> None:
+    """Wait until the nodes hold `count` times `bundle` (CPU, GPU), each on one node; an autoscaler is asked for them.
+
+    Raises UserError that says needed against available.
+    """
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    bundle = {name: amount for name, amount in bundle.items() if amount}
+    deadline = time.monotonic() + wait_seconds
+    if (held := _held(bundle)) < count and not _started_here:
+        request_resources(bundles=[bundle] * count)
+        while (held := _held(bundle)) < count and time.monotonic() < deadline:
+            time.sleep(2)
+        request_resources(bundles=[])  # what the stage starts is its own demand
+    if held < count:
+        have = _amounts({name: ray.cluster_resources().get(name, 0) for name in bundle})
+        raise UserError(
+            f"cluster: {stage} needs {count} times {_amounts(bundle)}, each on one node, and the Ray cluster holds "
+            f"{held} of these ({have} in all); add nodes, or ask for less (synthesis.engines, "
+            "synthesis.tensor_parallel, fit.workers, cluster.gpus_per_*)"
+        )
+
+
+def _held(bundle: dict[str, float]) -> int:
+    """How many times the nodes hold the bundle, when nothing else runs."""
     import ray
 
-    deadline = time.monotonic() + wait_seconds
-    while True:
-        there = ray.cluster_resources()
-        missing = {name: amount for name, amount in needed.items() if there.get(name, 0) < amount}
-        if not missing:
-            return
-        if time.monotonic() > deadline or _started_here:
-            have = {name: there.get(name, 0) for name in missing}
-            raise UserError(
-                f"cluster: {stage} needs {_amounts(missing)}, the Ray cluster has {_amounts(have)}; "
-                "add nodes, or ask for less (synthesis.engines, fit.workers, cluster.gpus_per_*)"
-            )
-        time.sleep(2)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(node.get(name, 0) // amount) for name, amount in bundle.items()) for node in nodes)
 
 
 def _amounts(resources: dict[str, float]) -> str:
-    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+    return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
 class Board:

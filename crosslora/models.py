@@ -30,8 +30,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("CROSSLORA_CACHE", Path.home() / ".cache" / "crosslora"))
 
 
-def resolve(base: Base) -> str:
-    """What transformers and vLLM are given: a folder. Raises UserError where there is none."""
+def resolve(base: Base, weights: bool = True) -> str:
+    """What transformers and vLLM are given: a folder. Raises UserError where there is none.
+
+    Without `weights` only configuration and tokenizer are fetched from the hub.
+    """
     path = Path(base.base)
     if path.is_file() and path.suffix == ".gguf":
         from crosslora.gguf import convert
@@ -45,11 +48,11 @@ def resolve(base: Base) -> str:
         return str(path)
     if path.exists() or path.is_absolute() or base.base.startswith(".") or base.base.count("/") != 1:
         raise UserError(f"base: {base.base} does not exist; give a hub id, a model folder or a GGUF file")
-    return _download(base)
+    return _download(base, weights)
 
 
-def _download(base: Base) -> str:
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+def _download(base: Base, weights: bool) -> str:
+    patterns = ["*.json", "*.model", "*.jinja", "*.txt"] + ["*.safetensors"] * weights
     try:
         return snapshot_download(base.base, revision=base.revision, allow_patterns=patterns)
     except Exception as error:  # the hub client raises a different class for every cause

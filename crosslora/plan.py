@@ -12,13 +12,12 @@ import torch
 from crosslora.adapter_header import AdapterHeader, read_header
 from crosslora.config import AdapterSource, Config
 from crosslora.errors import UserError
+from crosslora.gpu_plan import GpuPlan, gpu_plan
 from crosslora.models import load_config, resolve
 from crosslora.projection.mapping import check_shape, layer_map
+from crosslora.sizing import BYTES, CONTEXT_BYTES, Shape, fit_memory, teacher_memory
 from crosslora.text.pair import TokenizerPair
-from crosslora.topology import READS, SPACES, WRITES, Topology, discover, meta_model
-from crosslora.training.losses import LOGITS_BYTES
-
-BYTES = {"float32": 4, "bfloat16": 2}
+from crosslora.topology import READS, SPACES, WRITES, Topology, discover
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ class Plan:
     corpus_megabytes: float
     memory_gigabytes: dict[str, float]
     adapters: list[AdapterPlan]
+    on_gpus: GpuPlan | None
+    """Where a kind of GPU was named."""
     warnings: list[str]
     """What looks wrong and is not refused."""
 
@@ -63,12 +64,17 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(config: Config) -> Plan:
-    """Raises UserError for a missing model, an adapter of another base, tokenizers that lose text, too little memory."""
-    source_config, target_config = load_config(resolve(config.source)), load_config(resolve(config.target))
+def make_plan(config: Config, gpu: str | None = None, gpus: int | None = None) -> Plan:
+    """The plan; with `gpu`, a key of gpu_plan.GPUS, also for `gpus` of that kind, or for as few as will do.
+
+    Raises UserError for a missing model, an adapter of another base, tokenizers that lose text, too little memory."""
+    source_config, target_config = (
+        load_config(resolve(base, weights=False)) for base in (config.source, config.target)
+    )
     source, target = discover(source_config), discover(target_config)
     adapters = [_adapter_plan(adapter, source, target, config) for adapter in config.adapters]
     pair = TokenizerPair.load(config.source, config.target)
+    shapes = Shape.of(source_config), Shape.of(target_config)
     pi = layer_map(source.num_layers, target.num_layers)
     plan = Plan(
         layer_map=pi,
@@ -78,12 +84,22 @@ def make_plan(config: Config) -> Plan:
         teacher_vocabulary=len(pair.teacher_words.token_bytes),
         student_vocabulary=len(pair.student_words.token_bytes),
         corpus_megabytes=_corpus_megabytes(config),
-        memory_gigabytes=_memory(config, source_config, target_config, adapters),
+        memory_gigabytes=_memory(config, *shapes, adapters),
         adapters=adapters,
+        on_gpus=None if gpu is None else _on_gpus(config, *shapes, adapters, gpu, gpus),
         warnings=[warning for adapter in config.adapters if (warning := _other_name(adapter, config))],
     )
-    _check_memory(plan, config)
+    if gpu is None:
+        _check_memory(plan, config)
     return plan
+
+
+def _on_gpus(
+    config: Config, source: Shape, target: Shape, adapters: list[AdapterPlan], gpu: str, gpus: int | None
+) -> GpuPlan:
+    rank = max(adapter.rank for adapter in adapters)
+    learned = max(adapter.learned_numbers for adapter in adapters)
+    return gpu_plan(config, source, target, rank=rank, learned=learned, gpu=gpu, gpus=gpus)
 
 
 def _other_name(adapter: AdapterSource, config: Config) -> str | None:
@@ -152,32 +168,34 @@ def _corpus_megabytes(config: Config) -> float:
     return round(s.samples * s.max_response_tokens * per_token / 1e6, 1)
 
 
-def _memory(config: Config, source: Any, target: Any, adapters: list[AdapterPlan]) -> dict[str, float]:
-    """Per engine and per fit worker, in GB: weights, then what runs beside them."""
-    weights_s = _parameters(source) * BYTES[config.synthesis.dtype]
-    weights_t = _parameters(target) * BYTES[config.fit.dtype]
-    fit = config.fit
-    sharded = fit.workers if fit.zero_stage == 3 else 1
-    text = target.get_text_config()
-    tokens = fit.batch_size // fit.workers // fit.micro_batches * min(fit.max_tokens, 256)
-    # per token and layer: about 20 vectors of the residual width stay for the backward pass, 2 when recomputed
-    kept = 2 if fit.gradient_checkpointing else 20
-    activations = tokens * text.num_hidden_layers * kept * text.hidden_size * BYTES[fit.dtype]
-    learned = 16 * max(adapter.learned_numbers for adapter in adapters)  # value, gradient, two moments
-    runtime = 1.5e9
+def _memory(config: Config, source: Shape, target: Shape, adapters: list[AdapterPlan]) -> dict[str, float]:
+    """Per engine and per fit worker, in GB: what sizing.py counts, and the process itself."""
+    fit, synthesis = config.fit, config.synthesis
+    length = min(fit.max_tokens, synthesis.max_prompt_tokens + synthesis.max_response_tokens)
+    teacher = teacher_memory(
+        source,
+        rank=max(adapter.rank for adapter in adapters),
+        dtype=synthesis.dtype,
+        tensor_parallel=synthesis.tensor_parallel,
+        length=2 * synthesis.max_prompt_tokens + synthesis.max_response_tokens,
+    )
+    student = fit_memory(
+        target,
+        learned=max(adapter.learned_numbers for adapter in adapters),
+        dtype=fit.dtype,
+        zero_stage=fit.zero_stage,
+        workers=fit.workers,
+        sequences=fit.batch_size // fit.workers // fit.micro_batches,
+        length=length,
+        checkpointing=fit.gradient_checkpointing,
+        on_gpu=config.cluster.gpus_per_worker > 0,
+    )
+    served = max(source.parameters, target.parameters) * BYTES[config.evaluation.dtype]
     return {
-        "synthesize, per engine": round(
-            (weights_s / config.synthesis.tensor_parallel + 1e9 + runtime) / 1e9, 2
-        ),
-        "fit, per worker": round(
-            (weights_t / sharded + activations + learned + 2 * LOGITS_BYTES + runtime) / 1e9, 2
-        ),
-        "evaluate": round((max(weights_s, weights_t) + 1e9 + runtime) / 1e9, 2),
+        "synthesize, per engine": round(teacher.total / 1e9, 2),
+        "fit, per worker": round((student.total + CONTEXT_BYTES) / 1e9, 2),
+        "evaluate": round((served + 1e9 + CONTEXT_BYTES) / 1e9, 2),
     }
-
-
-def _parameters(config: Any) -> int:
-    return sum(p.numel() for p in {id(p): p for p in meta_model(config).parameters()}.values())
 
 
 def _check_memory(plan: Plan, config: Config) -> None:

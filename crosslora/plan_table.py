@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from crosslora.gpu_plan import GpuPlan
 from crosslora.plan import AdapterPlan, Plan
 
 
@@ -25,6 +26,9 @@ def show(plan: Plan) -> None:
         console.print(f"[yellow]Warning:[/yellow] {warning}")
     for adapter in plan.adapters:
         console.print(_table(adapter))
+    if plan.on_gpus is not None:
+        console.print(_gpu_table(plan.on_gpus))
+        console.print(plan.on_gpus.advice, soft_wrap=True)
 
 
 def _table(adapter: AdapterPlan) -> Table:
@@ -38,4 +42,21 @@ def _table(adapter: AdapterPlan) -> Table:
     for name, space in adapter.spaces.items():
         values = (space.source_width, space.target_width, space.input_span, space.output_span)
         table.add_row(name, *(str(value) for value in values))
+    return table
+
+
+def _gpu_table(plan: GpuPlan) -> Table:
+    smallest = f"{plan.smallest} would do" if plan.smallest else "1024 are too few"
+    table = Table(title=f"On {plan.gpu} ({smallest}); at most, not measured", title_justify="left")
+    for column in ("stage", "GPUs", "GB per GPU", "hours", "dollars", "GB sent per GPU"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for name, stage in (("synthesize", plan.synthesize), ("fit", plan.fit)):
+        if stage is not None:
+            numbers = (
+                f"{stage.gigabytes:g}",
+                f"{stage.hours:.2f}",
+                f"{stage.dollars:.2f}",
+                f"{stage.gigabytes_sent:g}",
+            )
+            table.add_row(name, str(stage.gpus), *numbers)
     return table

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ class Nodes:
     """
 
     def __init__(self, folder: Path, head_cpus: int, **environment: str) -> None:
+        self._folder = folder
         (folder / "environment").symlink_to(sys.prefix)
         programs = folder / "environment" / "bin"
         self._ray = [programs / "python", "-m", "ray.scripts.scripts"]
@@ -80,11 +82,17 @@ class Nodes:
         raise AssertionError(f"no node but the head runs {process}")
 
     def _start(self, *options: str) -> "subprocess.Popen[bytes]":
+        """One after the other: nodes that start at the same time choose the same sockets."""
         # Without a port of its own the agent that starts jobs gives up where another Ray still holds the usual one.
         agent = f"--dashboard-agent-listen-port={_port()}"
-        return subprocess.Popen(
-            [*self._ray, "start", "--block", agent, *options], env=self._environment, cwd=ROOT
-        )
+        command = [*self._ray, "start", "--block", agent, *options]
+        log = self._folder / f"{uuid.uuid4().hex}.log"
+        with log.open("wb") as file:
+            node = subprocess.Popen(command, env=self._environment, cwd=ROOT, stdout=file, stderr=file)
+        while "Ray runtime started" not in log.read_text():
+            assert node.poll() is None, log.read_text()
+            time.sleep(0.1)
+        return node
 
 
 def _port() -> int:

@@ -43,3 +43,11 @@ def test_gpu_workers_get_the_checkout(cluster: dict[str, Any]) -> None:
     assert cluster["head_node_type"] in cluster["available_node_types"]
     assert (ROOT / cluster["file_mounts"]["/home/ray/crosslora"] / "pyproject.toml").is_file()
     assert "/home/ray/crosslora[gpu]" in cluster["setup_commands"][0]
+
+
+def test_spot_workers_have_a_fallback(cluster: dict[str, Any]) -> None:
+    types = cluster["available_node_types"]
+    for name in ("small", "large"):
+        spot, on_demand = types[f"{name}_spot"]["node_config"], types[name]["node_config"]
+        assert spot.pop("InstanceMarketOptions") == {"MarketType": "spot"}
+        assert spot == on_demand

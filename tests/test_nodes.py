@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import yaml
-from pyarrow import fs as arrow_fs
 
 from crosslora.config import Config
 from crosslora.run_folder import RunFolder, stage_states
@@ -47,10 +46,13 @@ def store() -> Iterator[str]:
     ):
         for name, value in variables.items():
             patch.setenv(name, value)
-        until(lambda: answers(f"http://127.0.0.1:{port}/"), 60)
-        arrow_fs.S3FileSystem(allow_bucket_creation=True).create_dir("adapters")
-        yield "s3://adapters"
-        server.kill()
+        try:
+            until(lambda: answers(f"http://127.0.0.1:{port}/"), 60)
+            bucket = urllib.request.Request(f"http://127.0.0.1:{port}/adapters", method="PUT")
+            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(bucket)
+            yield "s3://adapters"
+        finally:
+            server.kill()
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,7 @@ def synthesize(config: Config, adapter: Path, stage: Stage) -> dict[str, Any]:
     num_shards = -(-settings.samples // settings.shard_size)
     done = [index for index in range(num_shards) if shard_exists(stage.folder, stage.name, index)]
     pending = deque(index for index in range(num_shards) if index not in done)
-    started = time.monotonic()
+    started, rate = time.monotonic(), None
     if pending:
         engines = min(settings.engines, len(pending))
         say(f"  starting {engines} teacher engine{'s' * (engines > 1)} ({settings.engine}, {settings.dtype})")
@@ -140,10 +140,17 @@ def synthesize(config: Config, adapter: Path, stage: Stage) -> dict[str, Any]:
             with progress("synthesize", settings.samples, "samples") as meter:
                 meter.start_at(len(done) * settings.shard_size)
                 foreman.run(meter)
+                rate = foreman.rate()
         finally:
             foreman.stop()
     shards = [index for index in range(num_shards) if shard_exists(stage.folder, stage.name, index)]
-    return stage.finish({"shards": shards, "seconds": round(time.monotonic() - started, 1)})
+    return stage.finish(
+        {
+            "shards": shards,
+            "seconds": round(time.monotonic() - started, 1),
+            "response_tokens_per_second": rate,
+        }
+    )
 
 
 class _Foreman:
@@ -189,6 +196,11 @@ class _Foreman:
             while self.idle and self.pending and self._has_time():
                 actor, index = self.idle.popleft(), self.pending.popleft()
                 self.work[actor.shard.remote(index, _size(index, self.settings))] = (actor, index)
+
+    def rate(self) -> float:
+        """Response tokens per second of all engines, since the first was ready."""
+        assert self.started is not None
+        return round(self.tokens / (time.monotonic() - self.started), 1)
 
     def stop(self) -> None:
         for actor in [*self.actors, self.board]:
@@ -238,8 +250,7 @@ class _Foreman:
         write_shard(self.stage.folder, self.stage.name, index, samples)
         self.losses = 0
         self.tokens += sum(len(sample.response_ids) for sample in samples)
-        assert self.started is not None
-        rate = round(self.tokens / (time.monotonic() - self.started), 1)
+        rate = self.rate()
         self.stage.event("shard", shard=index, samples=len(samples), response_tokens_per_second=rate)
         meter.advance(_size(index, self.settings) - answered, f"{rate:.0f} response tokens/s")
         self.idle.append(actor)
@@ -266,7 +277,7 @@ def _actor_class(config: Config, engines: int) -> Any:
 
     gpus = config.synthesis.tensor_parallel * config.cluster.gpus_per_engine
     cpus = 1 if gpus else cluster.cpus_per_share(engines)
-    cluster.require({"CPU": engines * cpus, "GPU": engines * gpus}, "synthesize", config.cluster.wait_seconds)
+    cluster.require({"CPU": cpus, "GPU": gpus}, engines, "synthesize", config.cluster.wait_seconds)
     return ray.remote(Teacher).options(
         num_cpus=cpus,
         num_gpus=gpus,  # of one node: tensor parallelism stays inside it

@@ -26,7 +26,7 @@ class TokenizerPair:
     @cache
     def load(cls, source: Base, target: Base) -> TokenizerPair:
         """Raises UserError where a tokenizer is missing or loses text."""
-        teacher, student = load_format(resolve(source), source), load_format(resolve(target), target)
+        teacher, student = (load_format(resolve(base, weights=False), base) for base in (source, target))
         teacher_words, student_words = Vocabulary(teacher.tokenizer), Vocabulary(student.tokenizer)
         table = shared_tokens(teacher_words, student_words)
         return cls(teacher, student, teacher_words, student_words, table)

@@ -25,6 +25,7 @@ from crosslora.projection.build import build_transfer
 from crosslora.projection.projection import Projection
 from crosslora.projection.student import Student
 from crosslora.run_folder import RunFolder
+from crosslora.sizing import LONGEST_PLAIN_ATTENTION
 from crosslora.teacher.corpus import read_corpus
 from crosslora.text.pair import TokenizerPair
 from crosslora.training import state
@@ -33,7 +34,6 @@ from crosslora.training.checkpoint import Progress, load, save
 from crosslora.training.losses import losses_of, summed_loss
 
 GRADIENT_NORM = 1.0
-LONGEST_PLAIN_ATTENTION = 256
 EVALUATION_BATCH = 16
 
 
@@ -58,8 +58,8 @@ def train_worker(job: dict[str, Any]) -> None:
     use_plain_attention([*train, *held_out])
     adapter = read_adapter(job["adapter"])
     transfer = build_transfer(adapter, config.source, config.target, pair, config.fit.random_seed)
-    engine = _engine(
-        _student(config, transfer.projection(residual=config.fit.residual)), ds_config(config.fit)
+    engine = build_engine(
+        build_student(config, transfer.projection(residual=config.fit.residual)), ds_config(config.fit)
     )
     Loop(engine, config.fit, train, held_out, job["board"]).run()
 
@@ -93,7 +93,7 @@ def learning_rate(fit: Fit, step: int) -> float:
     return fit.learning_rate * min((step + 1) / warm, (fit.steps - step) / max(fit.steps - warm, 1))
 
 
-def _student(config: Config, projection: Projection) -> Student:
+def build_student(config: Config, projection: Projection) -> Student:
     keep = None
     if (
         config.fit.zero_stage == 3
@@ -109,7 +109,7 @@ def _student(config: Config, projection: Projection) -> Student:
     return Student(base, projection)
 
 
-def _engine(student: Student, settings: dict[str, Any]) -> Any:
+def build_engine(student: Student, settings: dict[str, Any]) -> Any:
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
     engine, *_ = deepspeed.initialize(

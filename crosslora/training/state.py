@@ -60,18 +60,21 @@ def restore(engine: Any, parameters: Tensors, moments: Tensors, adam_step: float
 
 
 def _make_moments(engine: Any) -> None:
-    """Adam makes its state at its first step and ZeRO-1 and 2 link to it there; a restored run needs both before."""
-    adam = _adam(engine)
-    for group in adam.param_groups:
-        for p in group["params"]:
+    """Adam makes its state at its first step and ZeRO links to it there; a restored run needs both before."""
+    adam, stage = _adam(engine), engine.zero_optimization_stage()
+    groups = [group["params"] for group in adam.param_groups]
+    if stage == 3:  # it hands its partitions to Adam for the time of a step only
+        groups = [engine.optimizer.fp32_partitioned_groups_flat]
+    for group in groups:
+        for p in group:
             if not adam.state[p]:
                 adam.state[p] = {key: torch.zeros_like(p) for key in MOMENTS}
-    if engine.zero_optimization_stage() in (1, 2):
+    if stage in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def adam_step(engine: Any) -> float:
-    """Adam's own count of steps (ZeRO-3 makes its state with a step of its own)."""
+    """Adam's own count of steps."""
     states = list(_adam(engine).state.values())
     return float(states[0]["step"]) if states else 0.0
 

@@ -1,0 +1,237 @@
+"""The memory of a fit step beside what crosslora/sizing.py counts for it; writes benchmarks/memory.json and a chart.
+
+    python benchmarks/memory.py
+
+Each point is two real steps (base, projection, DeepSpeed, chunked loss) on random tokens, in one process per worker.
+On CPU the figure is the peak of the private memory (RssAnon) less what it was before the base was loaded, on a GPU
+torch's peak of allocated memory. The most of all workers counts. Needs the demo's models (`make models`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+
+from crosslora import cluster
+from crosslora.adapter import read_adapter
+from crosslora.config import Config, load_config
+from crosslora.models import load_config as load_model_config
+from crosslora.models import resolve
+from crosslora.projection.build import build_transfer
+from crosslora.serving import free_port
+from crosslora.sizing import LONGEST_PLAIN_ATTENTION, Shape, fit_memory
+from crosslora.text.pair import TokenizerPair
+from crosslora.training.losses import Rows, summed_loss
+
+HERE = Path(__file__).resolve().parent
+EXAMPLES = HERE.parent / "examples" / "snips"
+STEPS, TOP_K = 2, 16
+
+
+@dataclass(frozen=True)
+class Point:
+    example: str
+    zero_stage: int
+    workers: int
+    sequences: int
+    """Of one worker."""
+    length: int
+    checkpointing: bool
+    dtype: str = "bfloat16"
+
+
+POINTS = [
+    Point("demo", 1, 1, 4, 64, False),
+    Point("demo", 1, 1, 16, 128, False),
+    Point("demo", 1, 1, 16, 128, True),
+    Point("demo", 1, 1, 4, 512, False),
+    Point("demo", 0, 1, 8, 256, False, "float32"),
+    Point("demo", 2, 2, 8, 128, False),
+    Point("demo", 3, 2, 8, 128, False),
+    Point("demo", 3, 4, 4, 64, True),
+    Point("reverse", 1, 1, 8, 128, False),
+    Point("reverse", 1, 1, 16, 256, False),
+    Point("reverse", 1, 1, 16, 256, True),
+    Point("reverse", 2, 2, 8, 512, False),
+    Point("reverse", 3, 2, 8, 256, False),
+    Point("reverse", 1, 1, 8, 128, False, "float32"),
+]
+
+
+def settings(point: Point) -> Config:
+    config = load_config(EXAMPLES / f"{point.example}.yaml")
+    update = {
+        "zero_stage": point.zero_stage,
+        "workers": point.workers,
+        "batch_size": point.sequences * point.workers,
+        "gradient_checkpointing": point.checkpointing,
+        "dtype": point.dtype,
+    }
+    return config.model_copy(update={"fit": config.fit.model_copy(update=update)})
+
+
+class Peak:
+    """Most private memory of this process, or most that torch allocated on the GPU, since `start`. Bytes."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        self._most = self._first = _private_bytes()
+        self._stop = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def bytes(self) -> int:
+        self._stop.set()
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        return self._most - self._first
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.002):
+            self._most = max(self._most, _private_bytes())
+
+
+def _private_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+
+def worker(point: Point) -> dict[str, Any]:
+    """Two steps as training/loop.py takes them; memory of this worker and numbers that it learns."""
+    import deepspeed
+
+    from crosslora.training.loop import build_engine, build_student, ds_config
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
+    if not torch.cuda.is_available() and point.length <= LONGEST_PLAIN_ATTENTION:
+        torch.backends.cuda.enable_flash_sdp(False)
+    config = settings(point)
+    pair = TokenizerPair.load(config.source, config.target)
+    adapter = read_adapter(config.adapters[0].path)
+    transfer = build_transfer(adapter, config.source, config.target, pair, 0)
+    peak = Peak()
+    engine = build_engine(build_student(config, transfer.projection(residual=True)), ds_config(config.fit))
+    head = engine.module.base.get_output_embeddings().weight
+    vocabulary = getattr(head, "ds_shape", head.shape)[0]
+    started = time.monotonic()
+    for _ in range(STEPS):
+        ids = torch.randint(vocabulary, (point.sequences, point.length), device=engine.device)
+        hidden = engine(ids).flatten(0, 1)
+        rows = _rows(len(hidden), vocabulary, engine.device)
+        engine.backward(summed_loss(hidden, rows, engine.module.logits, vocabulary) / len(rows))
+        engine.step()
+    learned = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
+    return {"peak": peak.bytes(), "learned": learned, "seconds": time.monotonic() - started}
+
+
+def _rows(count: int, vocabulary: int, device: torch.device) -> Rows:
+    top = torch.randint(vocabulary, (count, TOP_K), device=device)
+    return Rows(
+        student_ids=top[:, 0],
+        top_ids=top,
+        top_logprobs=torch.full((count, TOP_K), -4.0, device=device),
+        strict=torch.ones(count, dtype=torch.bool, device=device),
+    )
+
+
+def measure(point: Point) -> dict[str, Any]:
+    port = free_port("127.0.0.1", 0)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--worker", json.dumps(asdict(point))],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                **cluster.KEEP_FREED_MEMORY,
+                "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // point.workers, 1)),
+                "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_SIZE": str(point.workers),
+                "WORLD_SIZE": str(point.workers),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+        )
+        for rank in range(point.workers)
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise RuntimeError(f"{point}: a worker failed, see above")
+    workers = [json.loads(output.splitlines()[-1]) for output in outputs]
+    measured = max(result["peak"] for result in workers)
+    counted = count(point, workers[0]["learned"])
+    ratio = counted["total"] / measured
+    print(
+        f"{ratio:5.2f}  counted {counted['total'] / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB  {point}",
+        flush=True,
+    )
+    return {**asdict(point), "measured": measured, "counted": counted, "ratio": round(ratio, 3)}
+
+
+def count(point: Point, learned: int) -> dict[str, float]:
+    config = settings(point)
+    memory = fit_memory(
+        Shape.of(load_model_config(resolve(config.target))),
+        learned=learned,
+        dtype=point.dtype,
+        zero_stage=point.zero_stage,
+        workers=point.workers,
+        sequences=point.sequences,
+        length=point.length,
+        checkpointing=point.checkpointing,
+        on_gpu=torch.cuda.is_available(),
+    )
+    return {**asdict(memory), "total": memory.total}
+
+
+def chart(points: list[dict[str, Any]]) -> None:
+    figure, axes = plt.subplots(figsize=(5, 5))
+    most = 1.1 * max(point["measured"] for point in points) / 1e9
+    axes.plot([0, most], [0, most], color="#4c566a", linewidth=1)
+    axes.fill_between(
+        [0, most], [0, 0.8 * most], [0, 1.2 * most], color="#c9ced6", alpha=0.4, label="within 20%"
+    )
+    axes.scatter(
+        [point["measured"] / 1e9 for point in points],
+        [point["counted"]["total"] / 1e9 for point in points],
+        color="#2a9d8f",
+    )
+    axes.set(xlabel="measured, GB", ylabel="counted, GB", xlim=(0, most), ylim=(0, most))
+    axes.legend()
+    figure.savefig(HERE / "memory.png", dpi=120, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--points", type=int, nargs="*", help="numbers of the points to measure; all if left out"
+    )
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print(json.dumps(worker(Point(**json.loads(arguments.worker)))))
+        return
+    chosen = POINTS if arguments.points is None else [POINTS[number] for number in arguments.points]
+    points = [measure(point) for point in chosen]
+    if arguments.points is None:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        (HERE / "memory.json").write_text(json.dumps({"device": device, "points": points}, indent=2) + "\n")
+        chart(points)
+
+
+if __name__ == "__main__":
+    main()

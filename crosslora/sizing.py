@@ -1,0 +1,168 @@
+"""How much memory and time a model of a given shape takes, from its configuration alone.
+
+Every figure is counted from what the code keeps, none is fitted to a measurement; benchmarks/memory.py compares.
+Bytes, seconds and numbers of parameters, all per GPU (or per process on CPU) where not said otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from crosslora.topology import decoder_layers, meta_model, space_widths
+from crosslora.training.losses import LOGITS_BYTES
+
+BYTES = {"float32": 4, "bfloat16": 2}
+LEARNED_BYTES = 4 * 5
+"""Per learned number, float32: value, gradient, two moments, and the best values so far."""
+CONTEXT_BYTES = 1.5e9
+"""CUDA's context, kernels, NCCL's buffers; on CPU the libraries of a process."""
+LONGEST_PLAIN_ATTENTION = 256
+"""Up to here fitting on CPU leaves fused attention out: its backward pass takes several times as long as that of the
+plain products."""
+CONCURRENT = 64
+"""Sequences that an engine should hold at once, to be worth its GPU."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder-only transformer: what its memory and its time depend on."""
+
+    parameters: int
+    layers: int
+    layer_parameters: int
+    largest: int
+    """Parameters of the largest single weight: the embedding, or a projection of the MLP."""
+    hidden: int
+    query: int
+    key: int
+    mlp: int
+    heads: int
+    vocabulary: int
+    normed: int
+    """Sum of the widths that the norms of one layer act on."""
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Shape:
+        model, text = meta_model(config), config.get_text_config()
+        widths = space_widths(text)
+        prefix = decoder_layers(model, text.num_hidden_layers)
+        layer = model.get_submodule(f"{prefix}.0")
+        weights = [p.numel() for p in {id(p): p for p in model.parameters()}.values()]
+        return cls(
+            parameters=sum(weights),
+            layers=text.num_hidden_layers,
+            layer_parameters=sum(p.numel() for p in layer.parameters()),
+            largest=max(weights),
+            hidden=widths["residual"],
+            query=widths["query"],
+            key=widths["key"],
+            mlp=widths["mlp"],
+            heads=text.num_attention_heads,
+            vocabulary=text.vocab_size,
+            normed=sum(_normed(name, widths) for name, m in layer.named_modules() if _is_norm(m)),
+        )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _normed(name: str, widths: dict[str, int]) -> int:
+    """Width that a norm acts on: all heads of queries or keys, or the residual stream."""
+    leaf = name.rpartition(".")[2]
+    return widths["query" if leaf.startswith("q") else "key" if leaf.startswith("k") else "residual"]
+
+
+def layer_activations(shape: Shape, dtype: str, length: int, on_gpu: bool) -> float:
+    """Bytes per token that one layer keeps for its backward pass, base frozen and every linear adapted.
+
+    A frozen linear keeps nothing, its adapter keeps the input. A norm keeps its input in float32. The gated MLP keeps
+    gate, its activation, and up. Attention keeps queries, keys, values (repeated to all heads) and, where it is not
+    fused, in float32, beside a row of probabilities per head.
+    """
+    s = BYTES[dtype]
+    inputs = s * (2 * shape.hidden + shape.query + shape.mlp)
+    mlp = s * 3 * shape.mlp
+    norms = 4 * shape.normed
+    if on_gpu or length > LONGEST_PLAIN_ATTENTION:
+        attention: float = s * (2 * shape.query + 2 * shape.key) + 4 * shape.heads
+    else:
+        attention = 4 * (3 * shape.query + shape.heads * length)
+    return inputs + mlp + norms + attention
+
+
+@dataclass(frozen=True)
+class FitMemory:
+    """Bytes of one fit worker at its peak, beside what the process takes before it loads a model."""
+
+    weights: float
+    learned: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.learned + self.activations + self.logits
+
+
+def fit_memory(
+    shape: Shape,
+    *,
+    learned: int,
+    dtype: str,
+    zero_stage: int,
+    workers: int,
+    sequences: int,
+    length: int,
+    checkpointing: bool,
+    on_gpu: bool,
+) -> FitMemory:
+    """`learned` numbers, `sequences` of `length` tokens per worker and micro-batch."""
+    s = BYTES[dtype]
+    tokens = sequences * length
+    weights = float(s * shape.parameters)
+    if zero_stage == 3:  # a share of all, and what is gathered for the layer at work and the next one
+        weights = weights / workers + s * (2 * shape.layer_parameters + shape.largest)
+    # values, gradients and the best so far are whole on every worker, the moments a share from ZeRO-1 on
+    shares = workers if zero_stage else 1
+    per_layer = tokens * layer_activations(shape, dtype, length, on_gpu)
+    if checkpointing:  # the input of every layer, and one layer whole while it is computed again
+        activations = shape.layers * tokens * s * shape.hidden + per_layer
+    else:
+        activations = shape.layers * per_layer
+    chunk = min(LOGITS_BYTES, 4 * tokens * shape.vocabulary)
+    return FitMemory(
+        weights=weights,
+        learned=learned * (LEARNED_BYTES - 8 + 8 / shares),
+        activations=activations + tokens * shape.hidden * (4 + 2 * s),  # and the last norm and its gradient
+        logits=chunk * (1 + 2 * s / 4),  # float32, as the model gives them, and as its gradient
+    )
+
+
+@dataclass(frozen=True)
+class TeacherMemory:
+    """Bytes of one tensor-parallel rank of a vLLM engine, at the least that is worth running."""
+
+    weights: float
+    lora: float
+    kv_cache: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.lora + self.kv_cache + CONTEXT_BYTES
+
+
+def teacher_memory(
+    shape: Shape, *, rank: int, dtype: str, tensor_parallel: int, length: int
+) -> TeacherMemory:
+    """One adapter of `rank` on all linears; CONCURRENT sequences of `length` tokens in the cache."""
+    s = BYTES[dtype]
+    per_layer = 5 * shape.hidden + 2 * shape.query + 2 * shape.key + shape.hidden + 3 * shape.mlp
+    return TeacherMemory(
+        weights=s * shape.parameters / tensor_parallel,
+        lora=s * rank * shape.layers * per_layer / tensor_parallel,
+        kv_cache=s * 2 * shape.layers * shape.key * length * CONCURRENT / tensor_parallel,
+    )

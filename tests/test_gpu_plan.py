@@ -1,0 +1,119 @@
+"""The arithmetic of memory and GPUs, on shapes whose figures are known."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from crosslora.config import Config, parse_config
+from crosslora.errors import UserError
+from crosslora.gpu_plan import GPUS, gpu_plan
+from crosslora.sizing import Shape, fit_memory, layer_activations, teacher_memory
+
+LEARNED = 100_000_000
+
+
+@pytest.fixture(scope="module")
+def large() -> Shape:
+    """The shape of Llama 3.1 70B."""
+    return Shape.of(
+        LlamaConfig(
+            vocab_size=128_256,
+            hidden_size=8192,
+            intermediate_size=28_672,
+            num_hidden_layers=80,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return parse_config(
+        {
+            "run": "run",
+            "source": {"base": "a/b"},
+            "adapters": [{"name": "a", "path": "a"}],
+            "target": {"base": "c/d"},
+        },
+        Path.cwd(),
+    )
+
+
+def test_the_shape_is_that_of_the_model(large: Shape) -> None:
+    assert large.parameters == 70_553_706_496  # as its model card rounds to 70.6 billion
+    assert (large.layers, large.hidden, large.key, large.mlp) == (80, 8192, 1024, 28_672)
+    assert large.normed == 2 * 8192
+    assert large.largest == 128_256 * 8192
+
+
+def fit(shape: Shape, **changes: Any) -> float:
+    settings: dict[str, Any] = {
+        "learned": LEARNED,
+        "dtype": "bfloat16",
+        "zero_stage": 1,
+        "workers": 8,
+        "sequences": 2,
+        "length": 512,
+        "checkpointing": False,
+        "on_gpu": True,
+    }
+    return fit_memory(shape, **(settings | changes)).total
+
+
+def test_weights_are_whole_without_zero_3_and_shared_with_it(large: Shape) -> None:
+    whole, shared = fit(large), fit(large, zero_stage=3)
+    gathered = 2 * (2 * large.layer_parameters + large.largest)
+    assert whole - shared == pytest.approx(2 * large.parameters * 7 / 8 - gathered)
+
+
+def test_what_must_cost_more_does(large: Shape) -> None:
+    base = fit(large)
+    assert fit(large, sequences=4) > base > fit(large, checkpointing=True)
+    assert fit(large, dtype="float32") > base > fit(large, learned=0)
+    assert fit(large, workers=1) > base > fit(large, length=256)
+    assert layer_activations(large, "bfloat16", 256, False) > layer_activations(large, "bfloat16", 256, True)
+
+
+def test_tensor_parallel_ranks_share_everything_but_the_context(large: Shape) -> None:
+    one, four = (
+        teacher_memory(large, rank=16, dtype="bfloat16", tensor_parallel=n, length=512) for n in (1, 4)
+    )
+    assert one.weights == 2 * large.parameters
+    assert one.total - four.total == pytest.approx(0.75 * (one.weights + one.lora + one.kv_cache))
+
+
+def test_a_large_pair_needs_several_gpus_and_says_how(large: Shape, config: Config) -> None:
+    plan = gpu_plan(config, large, large, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=None)
+    assert plan.smallest == 4
+    assert plan.synthesize is not None and plan.fit is not None
+    assert plan.synthesize.settings["synthesis.tensor_parallel"] == 4
+    assert plan.fit.settings["fit.zero_stage"] == 3
+    assert "-s fit.gradient_checkpointing=" in plan.advice
+    for stage in (plan.synthesize, plan.fit):
+        assert stage.gigabytes * 1e9 <= 0.9 * GPUS["H100-80GB"].memory
+
+
+def test_more_gpus_take_less_time_and_settings_stay_valid(large: Shape, config: Config) -> None:
+    hours = []
+    for gpus in (8, 16, 64):
+        plan = gpu_plan(config, large, large, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=gpus)
+        assert plan.fit is not None and plan.synthesize is not None
+        hours.append(plan.fit.hours / plan.fit.settings["fit.batch_size"] + plan.synthesize.hours)
+        settings = plan.fit.settings
+        assert settings["fit.batch_size"] % (settings["fit.workers"] * settings["fit.micro_batches"]) == 0
+    assert hours[0] > hours[1] > hours[2]
+
+
+def test_what_does_not_fit_is_said_with_what_would(large: Shape, config: Config) -> None:
+    plan = gpu_plan(config, large, large, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=1)
+    assert plan.fit is None and plan.synthesize is None
+    assert "synthesize and fit cannot run on 1 x H100-80GB; 4 would do" in plan.advice
+    huge = replace(large, parameters=2_000_000_000_000)
+    assert gpu_plan(config, huge, huge, rank=16, learned=1, gpu="L4-24GB", gpus=None).smallest is None
+    with pytest.raises(UserError, match="--gpu B200: not known here; one of L4-24GB"):
+        gpu_plan(config, large, large, rank=16, learned=1, gpu="B200", gpus=None)
