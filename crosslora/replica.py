@@ -15,6 +15,7 @@ from typing import Any
 from fastapi.responses import HTMLResponse
 from ray import serve
 
+from crosslora.gate import Gate
 from crosslora.shelf import Files
 
 MAX_SEQUENCES = 256
@@ -59,6 +60,7 @@ class VllmServer:
         tasks = await self._engine.get_supported_tasks()
         app = build_app(args, tasks, self._engine.model_config)
         app.add_api_route("/", _page, response_class=HTMLResponse, include_in_schema=False)
+        app.add_middleware(Gate)  # the last one added is the first to see a request
         await init_app_state(self._engine, app.state, args, tasks)
         self._models = app.state.openai_serving_models
         version = await self._follow(0)

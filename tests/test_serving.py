@@ -1,6 +1,7 @@
 """One endpoint over tiny models: what it answers, what it refuses, and what it leaves behind."""
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil  # type: ignore[import-untyped]
 import pytest
 import ray
@@ -202,6 +205,19 @@ def test_an_adapter_that_changes_nothing_is_named(server: Server, folders: Folde
 
 
 @pytest.mark.real
+def test_no_request_brings_it_down(server: Server) -> None:
+    """2,000 random requests, most of them valid, some with values that nobody foresaw."""
+    generator = random.Random(0)
+    with ThreadPoolExecutor(32) as pool:
+        codes = Counter(
+            pool.map(lambda body: _status(server, body), [_fuzzed(generator) for _ in range(2000)])
+        )
+    assert set(codes) <= {200, 400, 404} and codes[200] > 500, codes
+    assert {model.id for model in server.client.models.list()} == set(MODELS)
+    assert len(_echoed(server.client, "two")) == len(IDS) - 1
+
+
+@pytest.mark.real
 def test_adapters_come_and_go_on_all_replicas(
     server: Server, folders: Folders, places: Path, tmp_path: Path
 ) -> None:
@@ -356,6 +372,49 @@ def _expected(folders: Folders, adapter: Path | None) -> torch.Tensor:
     with torch.no_grad():
         logprobs = reference(torch.tensor([IDS])).logits[0].log_softmax(-1)
     return logprobs[:-1].gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
+
+
+def _fuzzed(generator: random.Random) -> dict[str, Any]:
+    """A completion or a chat with some of the known fields."""
+    text = "".join(
+        chr(generator.choice([0, 10, 34, 97, 233, 0x4E2D, 0x1F600])) for _ in range(generator.randrange(20))
+    )
+    values: dict[str, list[Any]] = {
+        "temperature": [0, 0.7, 10, -1, 1e300],
+        "top_p": [1, 1e-9, 0, 0.5],
+        "top_k": [-1, 0, 1, 5, 10**6],
+        "seed": [0, 1, 2**62, -1],
+        "n": [1, 2, 16, 17],
+        "stop": ["a", "", [], ["b", text], [""]],
+        "stop_token_ids": [[], [0], [2**31 - 1]],
+        "min_tokens": [0, 1, 5, 10**6],
+        "repetition_penalty": [1, 0.1, 10, 0],
+        "presence_penalty": [-2, 2, 3],
+        "frequency_penalty": [-2, 0.5],
+        "ignore_eos": [True, False, 1],
+        "return_token_ids": [True],
+        "stream": [True, False],
+        "user": [text],
+    }
+    body: dict[str, Any] = {"model": generator.choice([*MODELS, *MODELS, "none", ""])}
+    body["max_tokens"] = generator.choice([0, 1, 2, 3, 4])
+    if generator.random() < 0.5:
+        body["messages"] = [{"role": "user", "content": text}] * generator.choice([0, 1, 1, 2])
+        values |= {"logprobs": [True, False], "top_logprobs": [0, 20, 21]}
+    else:
+        body["prompt"] = generator.choice(
+            [text, IDS, [IDS, IDS], [text, "x"], [], [[]], [2**31 - 1], [399] * 600]
+        )
+        values |= {"logprobs": [0, 5, 20, 21], "echo": [True, False]}
+    for name in generator.sample(sorted(values), generator.randrange(4)):
+        body[name] = generator.choice(values[name])
+    return body
+
+
+def _status(server: Server, body: dict[str, Any]) -> int:
+    route = "chat/completions" if "messages" in body else "completions"
+    headers = {"Authorization": f"Bearer {KEY}"}
+    return httpx.post(f"{server.url}/{route}", json=body, headers=headers, timeout=120).status_code
 
 
 def _close(row: torch.Tensor, reference: torch.Tensor) -> bool:

@@ -47,13 +47,7 @@ def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) ->
         _train,
         train_loop_config=job,
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=settings.workers,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
-            # GPUs of one node exchange gradients and shards faster; CPUs of one node share its memory bandwidth.
-            placement_strategy="PACK" if gpus else "SPREAD",
-        ),
+        scaling_config=scaling(settings.workers, cpus, gpus),
         run_config=_run_config(config, stage, cpus, "cuda" if gpus else "cpu"),
     )
     watcher = _Watcher(board, stage, settings.steps)
@@ -68,6 +62,16 @@ def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) ->
             ) from error
     ray.kill(board)
     return _finish(result, stage, watcher, reach)
+
+
+def scaling(workers: int, cpus: int, gpus: float) -> ScalingConfig:
+    """GPUs of one node exchange gradients and shards faster; CPUs of one node share its memory bandwidth."""
+    return ScalingConfig(
+        num_workers=workers,
+        use_gpu=gpus > 0,
+        resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+        placement_strategy="PACK" if gpus else "SPREAD",
+    )
 
 
 def _train(job: dict[str, Any]) -> None:

@@ -1,0 +1,115 @@
+"""What stages ask of Ray, on two nodes of eight logical GPUs: nothing runs on them, everything is placed."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster as RayCluster
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+
+from crosslora import cluster
+from crosslora.config import Config, parse_config
+from crosslora.errors import UserError
+from crosslora.teacher import synthesize
+from crosslora.training.fit import scaling
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[None]:
+    nodes = RayCluster(initialize_head=True, head_node_args={"num_cpus": 16, "num_gpus": 8})
+    nodes.add_node(num_cpus=16, num_gpus=8)
+    ray.init(nodes.address)
+    yield
+    ray.shutdown()
+    nodes.shutdown()
+
+
+@pytest.fixture
+def config() -> Config:
+    return parse_config(
+        {
+            "run": "run",
+            "source": {"base": "a/b"},
+            "adapters": [{"name": "a", "path": "a"}],
+            "target": {"base": "c/d"},
+            "synthesis": {"engines": 2, "tensor_parallel": 8},
+            "fit": {"workers": 16},
+            "cluster": {"gpus_per_engine": 1, "gpus_per_worker": 1, "wait_seconds": 1},
+        },
+        Path.cwd(),
+    )
+
+
+class Place:
+    """In place of the teacher, which would load vLLM."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def node(self) -> tuple[str, int]:
+        return ray.get_runtime_context().get_node_id(), len(ray.get_gpu_ids())
+
+
+def test_engines_of_eight_gpus_get_a_node_each(
+    two_nodes: None, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synthesize, "Teacher", Place)
+    actors = [synthesize._actor_class(config, 2).remote() for _ in range(2)]
+    places = ray.get([actor.node.remote() for actor in actors])
+    assert [gpus for _, gpus in places] == [8, 8]
+    assert len({node for node, _ in places}) == 2
+    for actor in actors:
+        ray.kill(actor)
+
+
+def test_three_engines_of_eight_gpus_are_refused_with_what_is_there(two_nodes: None, config: Config) -> None:
+    with pytest.raises(
+        UserError,
+        match=r"synthesize needs 3 times 1 CPU and 8 GPU, each on one node, .* holds 2 .*\(32 CPU and 16 GPU",
+    ):
+        synthesize._actor_class(config, 3)
+
+
+def test_sixteen_workers_fill_both_nodes(two_nodes: None, config: Config) -> None:
+    settings = scaling(config.fit.workers, cpus=1, gpus=config.cluster.gpus_per_worker)
+    group = placement_group(
+        [settings.resources_per_worker] * settings.num_workers, strategy=settings.placement_strategy
+    )
+    assert group.wait(30)
+    nodes = placement_group_table(group)["bundles_to_node_id"].values()
+    assert sorted(Counter(nodes).values()) == [8, 8]
+    remove_placement_group(group)
+
+
+def test_eight_workers_stay_on_one_node(two_nodes: None, config: Config) -> None:
+    """ZeRO-3 moves all weights between them."""
+    settings = scaling(8, cpus=1, gpus=1)
+    group = placement_group([settings.resources_per_worker] * 8, strategy=settings.placement_strategy)
+    assert group.wait(30)
+    assert len(set(placement_group_table(group)["bundles_to_node_id"].values())) == 1
+    remove_placement_group(group)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "shares", "expected"),
+    [
+        ([2], 1, 2),
+        ([2], 2, 1),
+        ([2], 5, 1),
+        ([0, 4, 4], 2, 4),
+        ([8, 2], 2, 4),
+        ([8, 2], 3, 2),
+        ([8, 6], 3, 4),
+    ],
+)
+def test_shares_are_as_large_as_the_nodes_allow(
+    monkeypatch: pytest.MonkeyPatch, cpus: list[int], shares: int, expected: int
+) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": n} if n else {}} for n in cpus]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert cluster.cpus_per_share(shares) == expected
