@@ -3,8 +3,8 @@
     python benchmarks/memory.py
 
 Each point is two real steps (base, projection, DeepSpeed, chunked loss) on random tokens, in one process per worker.
-On CPU the figure is the peak of the private memory (RssAnon) less what it was before the base was loaded, on a GPU
-torch's peak of allocated memory. The most of all workers counts. Needs the demo's models (`make models`).
+On CPU the figure is the peak of the resident memory less what it was before the base was loaded, on a GPU torch's peak
+of allocated memory. The most of all workers counts. Needs the demo's models (`make models`).
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ POINTS = [
     Point("demo", 2, 2, 8, 128, False),
     Point("demo", 3, 2, 8, 128, False),
     Point("demo", 3, 4, 4, 64, True),
-    Point("reverse", 1, 1, 8, 128, False),
-    Point("reverse", 1, 1, 16, 256, False),
+    Point("reverse", 1, 1, 4, 256, False),
+    Point("reverse", 1, 1, 16, 64, False),
     Point("reverse", 1, 1, 16, 256, True),
     Point("reverse", 2, 2, 8, 512, False),
     Point("reverse", 3, 2, 8, 256, False),
-    Point("reverse", 1, 1, 8, 128, False, "float32"),
+    Point("reverse", 1, 1, 8, 96, False, "float32"),
 ]
 
 
@@ -83,11 +83,11 @@ def settings(point: Point) -> Config:
 
 
 class Peak:
-    """Most private memory of this process, or most that torch allocated on the GPU, since `start`. Bytes."""
+    """Most resident memory of this process, or most that torch allocated on the GPU, since `start`. Bytes."""
 
     def __init__(self) -> None:
         gc.collect()
-        self._most = self._first = _private_bytes()
+        self._most = self._first = _resident_bytes()
         self._stop = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -99,12 +99,12 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.002):
-            self._most = max(self._most, _private_bytes())
+            self._most = max(self._most, _resident_bytes())
 
 
-def _private_bytes() -> int:
+def _resident_bytes() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+    return 1024 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
 
 
 def worker(point: Point) -> dict[str, Any]:

@@ -90,14 +90,22 @@ def plan(
         str | None, typer.Option(metavar="KIND", help="Also for GPUs of this kind, such as H100-80GB.")
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="How many.  [default: as few as will do]")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Also see whether the Ray cluster can hold it as it is now.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a transfer will do and need, from headers alone: on GPUs also settings that fit, hours and cost."""
+    from crosslora import cluster
     from crosslora.config import load_config
     from crosslora.plan import make_plan
     from crosslora.plan_table import show
 
-    made = make_plan(load_config(config, overrides), gpu, gpus)
+    settings = load_config(config, overrides)
+    made = make_plan(settings, gpu, gpus)
+    if check:
+        with cluster.session(settings.cluster):
+            cluster.check(settings)
     if as_json:
         _print_json(made.as_dict())
     else:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from crosslora.config import Cluster
+from crosslora.config import Cluster, Config
 from crosslora.errors import UserError
 
 OBJECT_STORE_BYTES = 512 << 20
@@ -96,6 +96,18 @@ def require(bundle: dict[str, float], count: int, stage: str, wait_seconds: floa
             f"{held} of these ({have} in all); add nodes, or ask for less (synthesis.engines, "
             "synthesis.tensor_parallel, fit.workers, cluster.gpus_per_*)"
         )
+
+
+def check(config: Config) -> None:
+    """Raise UserError where the connected cluster, as it is now, cannot hold a stage of the transfer."""
+    engine = config.synthesis.tensor_parallel * config.cluster.gpus_per_engine
+    for stage, count, gpus in (
+        ("synthesize", config.synthesis.engines, engine),
+        ("fit", config.fit.workers, config.cluster.gpus_per_worker),
+        ("evaluate", 1, engine),
+    ):
+        cpus = 1 if gpus else cpus_per_share(count)
+        require({"CPU": cpus, "GPU": gpus}, count, stage, wait_seconds=0)
 
 
 def _held(bundle: dict[str, float]) -> int:

@@ -43,6 +43,15 @@ GENERATION = {
     "shard_size",
     "random_seed",
 }
+HOW_IT_IS_FITTED = {
+    "workers",
+    "zero_stage",
+    "micro_batches",
+    "gradient_checkpointing",
+    "checkpoint_every",
+    "max_failures",
+}
+"""What changes no result beyond rounding: a fit that was begun with other values of these goes on."""
 FILTERS = {"min_adapter_effect", "max_similarity", "held_out", "min_kept", "random_seed"}
 
 
@@ -180,7 +189,7 @@ def _fit_inputs(config: Config, adapter: Adapter, filtered: Stage) -> dict[str, 
         "corpus": filtered.manifest(),
         "adapter": adapter.digest,
         "target": target_identity(config.target),
-        "fit": config.fit.model_dump(mode="json", exclude={"max_failures"}),
+        "fit": config.fit.model_dump(mode="json", exclude=HOW_IT_IS_FITTED),
     }
 
 

@@ -67,6 +67,8 @@ class Endpoint:
         files = {name: _files(path) for name, path in put.items()}
         self._reach(files, remove)
         self.adapters = [name for name in self.adapters if name not in (*put, *remove)] + [*put]
+        if not put:
+            return
         try:
             _check_adapters_act(self.url, self.base, put, self.api_key)
         except UserError:

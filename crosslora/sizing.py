@@ -1,6 +1,7 @@
 """How much memory and time a model of a given shape takes, from its configuration alone.
 
-Every figure is counted from what the code keeps, none is fitted to a measurement; benchmarks/memory.py compares.
+Every figure is counted from what the code keeps, and none is fitted to a measurement but HEAP; benchmarks/memory.py
+compares.
 Bytes, seconds and numbers of parameters, all per GPU (or per process on CPU) where not said otherwise.
 """
 
@@ -22,6 +23,9 @@ CONTEXT_BYTES = 1.5e9
 LONGEST_PLAIN_ATTENTION = 256
 """Up to here fitting on CPU leaves fused attention out: its backward pass takes several times as long as that of the
 plain products."""
+HEAP = 1.85
+"""Bytes of glibc's heap for each byte of activations that lives there: freed tensors leave holes that the next ones do
+not fit into. From one point that benchmarks/memory.py does not test: SmolLM2 135M, 8 x 128 tokens."""
 CONCURRENT = 64
 """Sequences that an engine should hold at once, to be worth its GPU."""
 
@@ -129,15 +133,16 @@ def fit_memory(
     # values, gradients and the best so far are whole on every worker, the moments a share from ZeRO-1 on
     shares = workers if zero_stage else 1
     per_layer = tokens * layer_activations(shape, dtype, length, on_gpu)
+    # the gradients of one layer, which are as large as what it keeps, stand beside
+    activations = (shape.layers + 1) * per_layer
     if checkpointing:  # the input of every layer, and one layer whole while it is computed again
-        activations = shape.layers * tokens * s * shape.hidden + per_layer
-    else:
-        activations = shape.layers * per_layer
+        activations = shape.layers * tokens * s * shape.hidden + 2 * per_layer
+    activations += tokens * shape.hidden * (4 + 2 * s)  # the last norm and its gradient
     chunk = min(LOGITS_BYTES, 4 * tokens * shape.vocabulary)
     return FitMemory(
         weights=weights,
         learned=learned * (LEARNED_BYTES - 8 + 8 / shares),
-        activations=activations + tokens * shape.hidden * (4 + 2 * s),  # and the last norm and its gradient
+        activations=activations if on_gpu else HEAP * activations,
         logits=chunk * (1 + 2 * s / 4),  # float32, as the model gives them, and as its gradient
     )
 

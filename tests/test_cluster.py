@@ -75,6 +75,13 @@ def test_three_engines_of_eight_gpus_are_refused_with_what_is_there(two_nodes: N
         synthesize._actor_class(config, 3)
 
 
+def test_a_plan_is_checked_against_the_cluster(two_nodes: None, config: Config) -> None:
+    cluster.check(config)
+    more = config.model_copy(update={"fit": config.fit.model_copy(update={"workers": 17})})
+    with pytest.raises(UserError, match=r"fit needs 17 times 1 CPU and 1 GPU, .* holds 16"):
+        cluster.check(more)
+
+
 def test_sixteen_workers_fill_both_nodes(two_nodes: None, config: Config) -> None:
     settings = scaling(config.fit.workers, cpus=1, gpus=config.cluster.gpus_per_worker)
     group = placement_group(

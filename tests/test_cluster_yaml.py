@@ -51,3 +51,14 @@ def test_spot_workers_have_a_fallback(cluster: dict[str, Any]) -> None:
         spot, on_demand = types[f"{name}_spot"]["node_config"], types[name]["node_config"]
         assert spot.pop("InstanceMarketOptions") == {"MarketType": "spot"}
         assert spot == on_demand
+
+
+@pytest.mark.parametrize("kind", ["raycluster", "rayjob"])
+def test_kuberay_manifests_have_the_ray_of_the_project(kind: str, cluster: dict[str, Any]) -> None:
+    manifest = yaml.safe_load((ROOT / f"deploy/kuberay/{kind}.yaml").read_text())
+    spec = manifest["spec"] if kind == "raycluster" else manifest["spec"]["rayClusterSpec"]
+    version = cluster["docker"]["image"].partition(":")[2].split("-")[0]
+    assert spec["rayVersion"] == version
+    assert f"FROM {cluster['docker']['image']}\n" in (ROOT / "deploy/Dockerfile").read_text()
+    entrypoint = manifest["spec"].get("entrypoint", "python ray_jobs/transfer.py").split()
+    assert (ROOT / entrypoint[1]).is_file()

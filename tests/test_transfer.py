@@ -1,7 +1,7 @@
 """The real adapter moves between the two real models (`make models` makes their folders), in a short run.
 
-The tests are one story, told in order: the run is killed, interrupted, and ended by `ray job submit`. Two workers fit,
-with ZeRO-2 (tests/test_nodes.py has ZeRO-3). Each test also works alone: whatever the run still lacks is then made by the job.
+The tests are one story, told in order: the run is killed, interrupted, and ended by `ray job submit`. The fit that one
+worker began is ended by two with ZeRO-2 (tests/test_nodes.py has ZeRO-3). Each test also works alone: whatever the run still lacks is then made by the job.
 """
 
 import json
@@ -32,8 +32,6 @@ SHORT = (
     "synthesis.shard_size=80",
     "synthesis.min_kept=64",
     "fit.steps=60",
-    "fit.workers=2",
-    "fit.zero_stage=2",
     "fit.checkpoint_every=5",
     "fit.evaluate_every=60",
     "evaluation.tasks.0.items=24",
@@ -63,6 +61,7 @@ def config_file(config: Config) -> Path:
 def run(config: Config, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run, ended by a job on a cluster of one node."""
     job = ["python", "ray_jobs/transfer.py", "--config", config_file, "cluster.address=auto"]
+    job += ["fit.workers=2", "fit.zero_stage=2"]
     with Nodes(tmp_path_factory.mktemp("link"), head_cpus=os.cpu_count() or 1) as nodes:
         nodes.job(*job)
     return Path(config.run)
