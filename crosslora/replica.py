@@ -60,12 +60,11 @@ class VllmServer:
         tasks = await self._engine.get_supported_tasks()
         app = build_app(args, tasks, self._engine.model_config)
         app.add_api_route("/", _page, response_class=HTMLResponse, include_in_schema=False)
-        app.add_middleware(Gate)  # the last one added is the first to see a request
         await init_app_state(self._engine, app.state, args, tasks)
         self._models = app.state.openai_serving_models
         version = await self._follow(0)
         self._following = asyncio.create_task(self._follow_on(version))
-        return app
+        return Gate(app)
 
     async def check_health(self) -> None:
         """Ray Serve calls this every few seconds, and starts a new replica where it raises."""

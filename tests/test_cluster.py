@@ -45,19 +45,18 @@ def config() -> Config:
     )
 
 
-class Place:
-    """In place of the teacher, which would load vLLM."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def node(self) -> tuple[str, int]:
-        return ray.get_runtime_context().get_node_id(), len(ray.get_gpu_ids())
-
-
 def test_engines_of_eight_gpus_get_a_node_each(
     two_nodes: None, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class Place:
+        """In place of the teacher, which would load vLLM."""
+
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def node(self) -> tuple[str, int]:
+            return ray.get_runtime_context().get_node_id(), len(ray.get_gpu_ids())
+
     monkeypatch.setattr(synthesize, "Teacher", Place)
     actors = [synthesize._actor_class(config, 2).remote() for _ in range(2)]
     places = ray.get([actor.node.remote() for actor in actors])
