@@ -149,6 +149,27 @@ def test_a_replica_is_lost_in_evaluation(
     assert json.loads(folder.read_bytes("evaluate/tiny/results.json"))["tasks"]["say"]["n"] == 96
 
 
+@pytest.mark.slow
+def test_speed_is_measured_as_a_job(nodes: Nodes, config_file: Path, store: str) -> None:
+    job = [
+        "python",
+        "ray_jobs/benchmark.py",
+        "--config",
+        config_file,
+        "--engines",
+        "1",
+        "2",
+        "--workers",
+        "1",
+        "2",
+    ]
+    nodes.job(*job, "--samples", "400", "--steps", "5", "cluster.address=auto", f"run={store}/speed")
+    result = json.loads(RunFolder.open(f"{store}/speed/benchmark").read_bytes("benchmark.json"))
+    assert [row["engines"] for row in result["synthesis"]] == [1, 2]
+    assert [row["workers"] for row in result["fit"]] == [1, 2]
+    assert all(row["per_core"] > 0 for row in [*result["synthesis"], *result["fit"]])
+
+
 def events(folder: RunFolder, stage: str) -> list[dict[str, Any]]:
     """Events of a stage, oldest first; a store keeps each in a file of its own."""
     files = folder.sub(f"{stage}/tiny/events").entries()
