@@ -1,5 +1,7 @@
 """What stages ask of Ray, on two nodes of eight logical GPUs: nothing runs on them, everything is placed."""
 
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +25,8 @@ pytestmark = pytest.mark.real
 def two_nodes() -> Iterator[None]:
     nodes = RayCluster(initialize_head=True, head_node_args={"num_cpus": 16, "num_gpus": 8})
     nodes.add_node(num_cpus=16, num_gpus=8)
-    ray.init(nodes.address)
+    # Ray hands this to a shell as it is: a space in the path would end it
+    ray.init(nodes.address, runtime_env={"py_executable": shlex.quote(sys.executable)})
     yield
     ray.shutdown()
     nodes.shutdown()

@@ -25,7 +25,7 @@ from tests.nodes import Nodes
 from tests.tiny_pair import make_pair, tiny_config
 
 pytestmark = pytest.mark.real
-SAMPLES, SHARD = 3200, 200
+SAMPLES, SHARD, STEPS = 3200, 200, 60
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def store() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def config(store: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
     pair = make_pair(tmp_path_factory.mktemp("three nodes"))
-    config = tiny_config(pair, pair, zero_stage=3, steps=40, checkpoint_every=10, evaluate_every=20)
+    config = tiny_config(pair, pair, zero_stage=3, steps=STEPS, checkpoint_every=10, evaluate_every=20)
     many = {"samples": SAMPLES, "shard_size": SHARD, "engines": 2, "held_out": 0.02}
     return config.model_copy(
         update={
@@ -126,9 +126,11 @@ def test_no_sample_is_lost_or_doubled_and_finished_shards_stay(
 
 def test_the_fit_goes_on_from_its_checkpoint(early_shards: dict[int, str], folder: RunFolder) -> None:
     fitted = events(folder, "fit")
-    assert [event["step"] for event in fitted if event["event"] == "resumed"] == [10]
+    (resumed,) = [event["step"] for event in fitted if event["event"] == "resumed"]
+    assert resumed >= 10
     steps = [event["step"] for event in fitted if event["event"] == "step"]
-    assert set(steps) == set(range(1, 41))
+    assert set(steps) == set(range(1, STEPS + 1))
+    assert len(steps) - len(set(steps)) <= 10, "checkpoint_every at most"
 
 
 @pytest.mark.slow
