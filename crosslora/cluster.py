@@ -52,10 +52,10 @@ def session(settings: Cluster) -> Iterator[None]:
         options |= {"address": address}
     try:
         ray.init(**options)
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:
         raise UserError(
-            f"cluster.address: no Ray cluster answers at {address!r}; start one with `ray start --head`, "
-            "or leave it out to start one in this process"
+            f"cluster.address: no Ray cluster answers at {address!r} (from the configuration or RAY_ADDRESS); start one "
+            "with `ray start --head`, or leave it out to start one in this process"
         ) from error
     global _started_here
     _started_here = address is None
@@ -84,11 +84,15 @@ def require(bundle: dict[str, float], count: int, stage: str, wait_seconds: floa
 
     bundle = {name: amount for name, amount in bundle.items() if amount}
     deadline = time.monotonic() + wait_seconds
-    if (held := _held(bundle)) < count and not _started_here:
-        request_resources(bundles=[bundle] * count)
-        while (held := _held(bundle)) < count and time.monotonic() < deadline:
+    try:
+        while (held := _held(bundle)) < count and time.monotonic() < deadline and not _started_here:
+            request_resources(
+                bundles=[bundle] * count
+            )  # again: the cluster keeps one request, of whoever was last
             time.sleep(2)
-        request_resources(bundles=[])  # what the stage starts is its own demand
+    finally:
+        if not _started_here and wait_seconds:
+            request_resources(bundles=[])  # what the stage starts is its own demand
     if held < count:
         have = _amounts({name: ray.cluster_resources().get(name, 0) for name in bundle})
         raise UserError(

@@ -74,6 +74,13 @@ class ChatMessage(_Known):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
     name: str | None = None
+    # empty in the answers that clients send back in the next turn
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[str], Field(max_length=0)] | None = None
+    reasoning: None = None
 
 
 class Chat(_Request):

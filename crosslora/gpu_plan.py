@@ -86,7 +86,9 @@ def gpu_plan(
     kind = GPUS[gpu]
 
     def stages(count: int) -> tuple[GpuStage | None, GpuStage | None]:
-        return _synthesize(config, source, rank, kind, count), _fit(config, target, learned, kind, count)
+        return _synthesize(config, source, target, rank, kind, count), _fit(
+            config, target, learned, kind, count
+        )
 
     counts = [2**n for n in range(11)]
     smallest = next((count for count in counts if all(stages(count))), None)
@@ -114,22 +116,31 @@ def _advice(
     return " ".join(f"-s {name}={str(value).lower()}" for name, value in settings.items())
 
 
-def _synthesize(config: Config, shape: Shape, rank: int, kind: Gpu, gpus: int) -> GpuStage | None:
+def _synthesize(
+    config: Config, shape: Shape, target: Shape, rank: int, kind: Gpu, gpus: int
+) -> GpuStage | None:
+    """Evaluation serves both bases with the tensor parallelism of synthesis: the larger one decides."""
     settings = config.synthesis
     length = 2 * settings.max_prompt_tokens + settings.max_response_tokens
     for parallel in TENSOR_PARALLEL:
-        memory = teacher_memory(
-            shape, rank=rank, dtype=settings.dtype, tensor_parallel=parallel, length=length
+        memory, evaluated = (
+            teacher_memory(base, rank=rank, dtype=settings.dtype, tensor_parallel=parallel, length=length)
+            for base in (shape, target)
         )
-        if parallel <= gpus and memory.total <= USABLE * kind.memory:
+        if parallel <= gpus and max(memory.total, evaluated.total) <= USABLE * kind.memory:
             break
     else:
         return None
     engines = gpus // parallel
+    shard = min(settings.shard_size, max(settings.samples // engines, 8))  # else some engines get none
     seconds = _synthesis_seconds(config, shape, kind, length) / (engines * parallel)
     return GpuStage(
         gpus=engines * parallel,
-        settings={"synthesis.engines": engines, "synthesis.tensor_parallel": parallel},
+        settings={
+            "synthesis.engines": engines,
+            "synthesis.tensor_parallel": parallel,
+            "synthesis.shard_size": shard,
+        },
         gigabytes=round(memory.total / 1e9, 1),
         hours=seconds / 3600,
         dollars=gpus * kind.dollars * seconds / 3600,

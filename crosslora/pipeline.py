@@ -155,9 +155,11 @@ def _stages(config: Config, source: AdapterSource, folder: RunFolder) -> Iterato
 
 def _synthesis_inputs(config: Config, adapter: Adapter) -> dict[str, Any]:
     settings = config.synthesis.model_dump(mode="json")
+    # what the files hold counts, not where they lie: a job unpacks them elsewhere every time
+    weights = config.synthesis.prompts.model_dump(exclude={"seeds_file", "prompts_file"})
     return {
         "teacher": source_identity(config.source, adapter),
-        "synthesis": {key: settings[key] for key in sorted(GENERATION)},
+        "synthesis": {key: settings[key] for key in sorted(GENERATION)} | {"prompts": weights},
         "prompt_files": prompt_identity(config.synthesis.prompts),
     }
 
@@ -194,7 +196,8 @@ def _fit_inputs(config: Config, adapter: Adapter, filtered: Stage) -> dict[str, 
 
 
 def _evaluation_inputs(config: Config, exported: Stage) -> dict[str, Any]:
-    settings = config.evaluation.model_dump(mode="json", exclude={"port", "concurrency"})
+    elsewhere: Any = {"port": True, "concurrency": True, "tasks": {"__all__": {"path"}}}
+    settings = config.evaluation.model_dump(mode="json", exclude=elsewhere)
     return {
         "adapter": exported.manifest(),
         "evaluation": settings,

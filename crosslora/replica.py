@@ -16,6 +16,7 @@ from fastapi.responses import HTMLResponse
 from ray import serve
 
 from crosslora.gate import Gate
+from crosslora.models import resolve
 from crosslora.shelf import Files
 
 MAX_SEQUENCES = 256
@@ -32,7 +33,7 @@ DEPLOYMENT = "vllm"
 )
 @serve.ingress()
 class VllmServer:
-    """Serves the base of `options` (of vLLM's command line) and whatever adapters lie on `shelf`."""
+    """Serves the model of `options` (of vLLM's command line; the model is a Base) and what adapters lie on `shelf`."""
 
     def __init__(self, options: dict[str, Any], shelf: Any, lifeline: tuple[str, int]) -> None:
         self._options, self._shelf = options, shelf
@@ -55,6 +56,9 @@ class VllmServer:
 
         args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
         vars(args).update(self._options)
+        args.model = resolve(self._options["model"])  # on this node
+        if tokenizer := await self._shelf.tokenizer.remote():
+            args.tokenizer = self._write("tokenizer", tokenizer)
         self._engine = await self._resources.enter_async_context(build_async_engine_client(args))
         await self._engine.collective_rpc("end_with", args=(os.getpid(),))
         tasks = await self._engine.get_supported_tasks()
@@ -72,7 +76,11 @@ class VllmServer:
 
     async def _follow_on(self, version: int) -> None:
         while True:
-            version = await self._follow(version)
+            try:
+                version = await self._follow(version)
+            except Exception:  # a full disk, say; the same version is tried again
+                logging.getLogger(__name__).exception("adapters after version %s", version)
+                await asyncio.sleep(1)
 
     async def _follow(self, version: int) -> int:
         """Wait until the shelf is newer than `version`, and serve what lies on it then."""
@@ -95,11 +103,8 @@ class VllmServer:
 
         if files is None:
             return
-        folder = self._folder / f"{name}-{version}"
-        folder.mkdir()
-        for file, content in files.items():
-            (folder / file).write_bytes(content)
-        request = LoRARequest(name, self._models.lora_id_counter.inc(1), str(folder))
+        folder = self._write(f"{name}-{version}", files)
+        request = LoRARequest(name, self._models.lora_id_counter.inc(1), folder)
         try:
             await self._engine.add_lora(request)
         except (
@@ -109,6 +114,13 @@ class VllmServer:
             self._models.lora_requests.pop(name, None)
         else:
             self._models.lora_requests[name] = request
+
+    def _write(self, name: str, files: Files) -> str:
+        folder = self._folder / name
+        folder.mkdir(exist_ok=True)
+        for file, content in files.items():
+            (folder / file).write_bytes(content)
+        return str(folder)
 
     async def __del__(self) -> None:
         await self._resources.aclose()

@@ -136,7 +136,7 @@ class RunFolder:
         if not _is_gone(holder):
             raise UserError(
                 f"run: {self.uri} is in use by process {holder.get('pid')} on {holder.get('host')}; wait for it, "
-                "stop it, or name another run folder"
+                f"stop it, or name another run folder; if that machine is gone, delete {self.path('lock.json')}"
             )
         self.write_json("lock.json", owner)
 

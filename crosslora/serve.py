@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +82,14 @@ def serve(
     with tempfile.TemporaryDirectory() as temporary:
         found = find_adapters(places, Path(temporary))
         named = base or common_base(found)
-        model = resolve(Base(base=named))
+        served = Base(base=named)
         folder = found[0].folder
         with serve_models(
-            model,
+            served,
             Path(named).name.removesuffix(".gguf"),
             {adapter.name: adapter.folder for adapter in found},
             dtype=dtype,
-            max_model_len=max_model_len or min(LONGEST, _context(model)),
+            max_model_len=max_model_len or min(LONGEST, _context(resolve(served, weights=False))),
             host=host,
             port=port,
             tokenizer=folder if (folder / TOKENIZER).is_file() else None,
@@ -104,7 +105,7 @@ def serve(
             )
             print("adapters that come into these places or go are served or not; Ctrl-C stops it", flush=True)
             with suppress(KeyboardInterrupt):
-                _keep_up(endpoint, places, found, Path(temporary))
+                _keep_up(endpoint, places, base, found, Path(temporary))
 
 
 def find_adapters(places: Sequence[str], into: Path) -> list[Found]:
@@ -121,7 +122,7 @@ def find_adapters(places: Sequence[str], into: Path) -> list[Found]:
             )
     found = [_fetch(name, folder, into) for name, folder in _list(places).items()]
     for other in found[1:]:
-        _check_same_format(other, found[0])
+        _check_same_format(other, found[0].name, found[0].format)
     return found
 
 
@@ -133,9 +134,11 @@ def common_base(found: Sequence[Found]) -> str:
     return bases[0]
 
 
-def _keep_up(endpoint: Endpoint, places: Sequence[str], found: Sequence[Found], scratch: Path) -> None:
+def _keep_up(
+    endpoint: Endpoint, places: Sequence[str], base: str | None, found: Sequence[Found], scratch: Path
+) -> None:
     """Serve what comes into `places` and stop serving what goes, for ever. What cannot be served is said once."""
-    first = found[0]
+    first, its_format, its_base = found[0].name, found[0].format, common_base(found) if base is None else None
     known = {adapter.name: adapter.state for adapter in found}
     """State of what is served or was refused."""
     before = known
@@ -156,21 +159,26 @@ def _keep_up(endpoint: Endpoint, places: Sequence[str], found: Sequence[Found], 
                     endpoint.change({}, [name])
                 else:
                     adapter = _fetch(name, listed[name], scratch)
-                    _check_same_format(adapter, first)
+                    _check_same_format(adapter, first, its_format)
+                    if its_base is not None and adapter.base != its_base:
+                        raise UserError(f"it belongs to {adapter.base}, served is {its_base}; serve it apart")
                     endpoint.change({name: adapter.folder})
                 say(f"{'no longer serving' if name in gone else 'serving'} {name}")
             except UserError as error:
                 say(f"not serving {name}: {error}")
-        known = {name: state for name, state in known.items() if name not in gone} | {
-            name: states[name] for name in new
-        }
+            except (OSError, HTTPException) as error:  # a file that went, a replica that is being replaced
+                say(f"{name}: {error}; it is tried again")
+                continue
+            known = {other: state for other, state in known.items() if other != name}
+            if name in states:
+                known[name] = states[name]
         before = states
 
 
-def _check_same_format(adapter: Found, first: Found) -> None:
-    if adapter.format != first.format:
+def _check_same_format(adapter: Found, first: str, its_format: str) -> None:
+    if adapter.format != its_format:
         raise UserError(
-            f"{first.name} and {adapter.name} were fitted with different tokenizers or chat templates, and one "
+            f"{first} and {adapter.name} were fitted with different tokenizers or chat templates, and one "
             "engine has one; serve them apart, on two ports"
         )
 

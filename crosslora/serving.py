@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from crosslora.config import Base, Cluster
 from crosslora.errors import UserError
 from crosslora.models import resolve
 from crosslora.replica import DEPLOYMENT, MAX_SEQUENCES, VllmServer
-from crosslora.shelf import Shelf
+from crosslora.shelf import Files, Shelf
 from crosslora.vllm_settings import environment, lora_options
 
 CPU_BATCHED_TOKENS = 512
@@ -32,7 +33,8 @@ CPU_BATCHED_TOKENS = 512
 STOP_SECONDS = 25.0
 WAIT_SECONDS = Cluster().wait_seconds
 APPLICATION = "crosslora"
-ADOPTION_SECONDS = 30.0
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+ADOPTION_SECONDS = PROBE_SECONDS = 60.0
 LEAST_SLOTS = 4
 """Adapters that run in one batch; those beyond take turns."""
 PROBE = "The quick brown fox jumps over the lazy dog."
@@ -64,19 +66,23 @@ class Endpoint:
         """
         for name, path in put.items():
             self._check_fits(name, path)
-        files = {name: _files(path) for name, path in put.items()}
-        self._reach(files, remove)
+        files = {name: _files(path, *ADAPTER) for name, path in put.items()}
+        try:
+            self._reach(files, remove)
+        except UserError:
+            ray.get(self.shelf.change.remote({}, [*put]))
+            raise
         self.adapters = [name for name in self.adapters if name not in (*put, *remove)] + [*put]
         if not put:
             return
         try:
             _check_adapters_act(self.url, self.base, put, self.api_key)
-        except UserError:
+        except (UserError, OSError, HTTPException):
             self.adapters = [name for name in self.adapters if name not in put]
             self._reach({}, [*put])
             raise
 
-    def _reach(self, put: dict[str, dict[str, bytes]], remove: Sequence[str]) -> None:
+    def _reach(self, put: dict[str, Files], remove: Sequence[str]) -> None:
         version = ray.get(self.shelf.change.remote(put, list(remove)))
         if not ray.get(self.shelf.adopted_by.remote(self.replicas, version, ADOPTION_SECONDS)):
             raise UserError(
@@ -100,7 +106,7 @@ class Endpoint:
 
 @contextmanager
 def serve_models(
-    base: str | Path,
+    base: Base,
     name: str,
     adapters: dict[str, Path],
     *,
@@ -129,13 +135,13 @@ def serve_models(
     if name in adapters:
         raise UserError(f"adapters: {name!r} is the name of the base as well; give the adapter another name")
     free_port(host, port)  # said before anything heavy starts; Ray may take a port before it is used below
+    resolve(base, weights=False)
     limits = lora_options(adapters.values())
     if limits:  # one more than there are: for a moment a replaced adapter and its successor run in one batch
         limits["max_loras"] = max(len(adapters) + 1, LEAST_SLOTS)
     options = {
-        "model": resolve(Base(base=str(base))),
+        "model": base,
         "served_model_name": [name],
-        "tokenizer": str(tokenizer) if tokenizer else None,
         "chat_template": str(chat_template) if chat_template else None,
         "dtype": dtype,
         "max_model_len": max_model_len,
@@ -146,32 +152,32 @@ def serve_models(
         **_device_options(num_gpus),
         **limits,
     }
-    with cluster.session(Cluster()), _lifeline() as lifeline, _shelf() as shelf:
-        ray.get(shelf.change.remote({key: _files(path) for key, path in adapters.items()}, []))
+    shared = _files(tokenizer, "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "*.model")
+    with cluster.session(Cluster()), _lifeline() as lifeline, _shelf(shared) as shelf:
+        ray.get(shelf.change.remote({key: _files(path, *ADAPTER) for key, path in adapters.items()}, []))
         actor = _actor_options(num_gpus, threads, replicas, wait_seconds)
         deployment: Any = VllmServer
         app = deployment.options(ray_actor_options=actor, num_replicas=replicas).bind(
             options, shelf, lifeline
         )
-        with _running(app, options["model"], host, free_port(host, port)) as url:
+        with _running(app, base.base, host, free_port(host, port)) as url:
             _check_adapters_act(url, name, adapters, api_key)
             yield Endpoint(url, name, shelf, replicas, api_key, limits, [*adapters])
 
 
 @contextmanager
-def _shelf() -> Iterator[Any]:
-    shelf = cluster.beside_driver(Shelf)
+def _shelf(tokenizer: Files) -> Iterator[Any]:
+    shelf = cluster.beside_driver(Shelf, tokenizer)
     try:
         yield shelf
     finally:
         ray.kill(shelf)
 
 
-def _files(folder: Path) -> dict[str, bytes]:
-    """What PEFT and vLLM read of an adapter."""
-    return {
-        file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in (".json", ".safetensors")
-    }
+def _files(folder: Path | None, *patterns: str) -> Files:
+    """Files of a folder whose names match; none where there is no folder."""
+    found = [file for pattern in patterns for file in (folder.glob(pattern) if folder else ())]
+    return {file.name: file.read_bytes() for file in found}
 
 
 def _device_options(num_gpus: float) -> dict[str, Any]:
@@ -293,6 +299,8 @@ def _logprobs(url: str, model: str, api_key: str | None) -> list[float | None]:
         {"Authorization": f"Bearer {api_key}"} if api_key else {}
     )
     request = urllib.request.Request(f"{url}/completions", json.dumps(body).encode(), headers)
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+        request, timeout=PROBE_SECONDS
+    ) as answer:
         logprobs: list[float | None] = json.load(answer)["choices"][0]["logprobs"]["token_logprobs"]
         return logprobs

@@ -1,4 +1,4 @@
-"""The adapters that an endpoint serves, for all its replicas on all nodes, and while they change."""
+"""The adapters that an endpoint serves and its tokenizer, for all replicas on all nodes, while adapters change."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ Files = dict[str, bytes]
 
 
 class Shelf:
-    """An actor. The driver puts adapters on it; every replica waits here for changes, takes what it lacks and says so."""
+    """An actor. The driver puts adapters on it; every replica waits here for changes, takes what it lacks and says so.
 
-    def __init__(self) -> None:
+    `tokenizer`: files of the one that all are served with; empty for the base's own.
+    """
+
+    def __init__(self, tokenizer: Files) -> None:
+        self._tokenizer = tokenizer
         self._adapters: dict[str, tuple[int, Files]] = {}
         self._version = 0
         self._adopted: dict[str, int] = {}
@@ -32,6 +36,9 @@ class Shelf:
         async with self._changed:
             await self._changed.wait_for(lambda: self._version > version)
             return self._version, {name: version for name, (version, _) in self._adapters.items()}
+
+    async def tokenizer(self) -> Files:
+        return self._tokenizer
 
     async def files(self, name: str) -> Files | None:
         """Files of an adapter; None where it was removed in the meantime."""

@@ -39,6 +39,22 @@ def test_what_is_read_gets_through(client: TestClient, path: str) -> None:
         ("/v1/completions", {**COMPLETION, "prompt": [1, 2, 3], "logprobs": 0, "echo": True, "stop": ["a"]}),
         ("/v1/completions", {**COMPLETION, "prompt": [[1, 2], [3]], "temperature": 0, "seed": 1234, "n": 2}),
         ("/v1/chat/completions", CHAT),
+        (
+            "/v1/chat/completions",
+            {
+                **CHAT,
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "content": "Hi",
+                        "refusal": None,
+                        "tool_calls": [],
+                        "reasoning": None,
+                    },
+                    {"role": "user", "content": [{"type": "text", "text": "Go on"}]},
+                ],
+            },
+        ),
         ("/v1/chat/completions", {**CHAT, "stream": True, "stream_options": {"include_usage": True}}),
     ],
 )

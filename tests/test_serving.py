@@ -28,7 +28,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from crosslora import cluster
-from crosslora.config import Cluster
+from crosslora.config import Base, Cluster
 from crosslora.errors import UserError
 from crosslora.evaluation.harness import ask_harness, find_benchmarks
 from crosslora.serving import _check_adapters_act, serve_models
@@ -88,7 +88,7 @@ def test_a_taken_port_is_refused_before_ray_starts(folders: Folders) -> None:
         port = taken.getsockname()[1]
         with (
             pytest.raises(UserError, match=rf"port {port} on 127.0.0.1: .* in use; .* another port"),
-            serve_models(folders.base, "base", {}, port=port, **SETTINGS),
+            serve_models(Base(base=str(folders.base)), "base", {}, port=port, **SETTINGS),
         ):
             pass
     assert not ray.is_initialized()
@@ -102,7 +102,10 @@ def test_bad_models_are_refused_before_ray_starts(folders: Folders, tmp_path: Pa
         (folders.base, {"wide": tiny_lora(tmp_path / "wide", folders.base, r=513)}, "rank 513"),
     ]
     for base, adapters, message in cases:
-        with pytest.raises(UserError, match=message), serve_models(base, "base", adapters, **SETTINGS):
+        with (
+            pytest.raises(UserError, match=message),
+            serve_models(Base(base=str(base)), "base", adapters, **SETTINGS),
+        ):
             pass
     assert not ray.is_initialized()
 
@@ -295,7 +298,7 @@ def test_a_second_server_on_the_cluster_is_refused(server: Server, folders: Fold
     with (
         cluster.session(Cluster(address="auto")),
         pytest.raises(UserError, match="Ray Serve already runs"),
-        serve_models(folders.base, "base", {}, **SETTINGS),
+        serve_models(Base(base=str(folders.base)), "base", {}, **SETTINGS),
     ):
         pass
     assert len(list(server.client.models.list())) == 3, "the first server goes on"

@@ -142,7 +142,7 @@ def _answers(
         default=1,
     )
     with serve_models(
-        resolve(base),
+        base,
         base_name,
         adapters,
         max_model_len=longest + 8,

@@ -111,7 +111,7 @@ def _scores(
     """Serve one base with its adapters, and put the benchmarks to all of them."""
     folder = resolve(base)
     with serve_models(
-        folder, base_name, adapters, max_model_len=LONGEST, **engine_settings(config)
+        base, base_name, adapters, max_model_len=LONGEST, **engine_settings(config)
     ) as endpoint:
         models = [model for model in endpoint.models if model != SOURCE_BASE]
         return {model: ask_harness(endpoint.url, model, folder, benchmarks) for model in models}

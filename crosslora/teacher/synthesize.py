@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 
 from crosslora import cluster
 from crosslora.config import Base, Config, Synthesis
@@ -242,7 +242,7 @@ class _Foreman:
         answered = self.answered.pop(index, 0)
         try:
             samples = ray.get(reference)
-        except RayActorError as error:
+        except (RayActorError, ObjectLostError) as error:  # or the node that held what it brought
             meter.advance(-answered)
             self.pending.appendleft(index)
             self._replace(actor, f"on shard {index}", error)
@@ -255,7 +255,7 @@ class _Foreman:
         meter.advance(_size(index, self.settings) - answered, f"{rate:.0f} response tokens/s")
         self.idle.append(actor)
 
-    def _replace(self, lost: Any, when: str, error: RayActorError) -> None:
+    def _replace(self, lost: Any, when: str, error: Exception) -> None:
         """Start a new engine in place of one that died."""
         ray.kill(lost)  # it may only be out of reach, and its resources are what the new one needs
         self.losses += 1

@@ -31,7 +31,7 @@ from crosslora.text.pair import TokenizerPair
 from crosslora.training import state
 from crosslora.training.batches import Batch, Example, batch_indices, build_examples, collate, micro_batches
 from crosslora.training.checkpoint import Progress, load, save
-from crosslora.training.losses import losses_of, summed_loss
+from crosslora.training.losses import losses_of, num_chunks, summed_loss
 
 GRADIENT_NORM = 1.0
 EVALUATION_BATCH = 16
@@ -183,7 +183,16 @@ class Loop:
 
     def _batch_loss(self, batch: Batch) -> torch.Tensor:
         """Summed loss of a batch in nats."""
-        return summed_loss(self._hidden(batch), batch.rows, self.engine.module.logits, self.vocabulary)
+        chunks = num_chunks(len(batch.rows), self.vocabulary)
+        if (
+            self.fit.zero_stage == 3
+        ):  # every call of the head gathers it: all ranks must call it equally often
+            most = torch.tensor(chunks, device=self.engine.device)
+            deepspeed.comm.all_reduce(most, op=deepspeed.comm.ReduceOp.MAX)
+            chunks = int(most)
+        return summed_loss(
+            self._hidden(batch), batch.rows, self.engine.module.logits, self.vocabulary, chunks
+        )
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         """Last hidden states of the scored positions [N, hidden]."""

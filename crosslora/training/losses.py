@@ -100,16 +100,17 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden: torch.Tensor,
         rows: Rows,
         head: Callable[[torch.Tensor], torch.Tensor],
-        chunk: int,
+        chunks: int,
     ) -> torch.Tensor:
         gradient = torch.empty_like(hidden)
         total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(hidden), chunk):
-            part = hidden[start : start + chunk].detach().requires_grad_()
+        for i in range(chunks):
+            start, end = len(hidden) * i // chunks, len(hidden) * (i + 1) // chunks
+            part = hidden[start:end].detach().requires_grad_()
             with torch.enable_grad():
                 logits = head(part)
-            losses, on_logits = losses_and_gradient(logits.detach(), rows.chunk(start, start + chunk))
-            (gradient[start : start + chunk],) = torch.autograd.grad(logits, part, on_logits)
+            losses, on_logits = losses_and_gradient(logits.detach(), rows.chunk(start, end))
+            (gradient[start:end],) = torch.autograd.grad(logits, part, on_logits)
             total += losses.sum()
         ctx.save_for_backward(gradient)
         return total
@@ -127,11 +128,24 @@ def chunk_rows(vocabulary: int) -> int:
     return max(LOGITS_BYTES // (4 * vocabulary), 1)
 
 
+def num_chunks(positions: int, vocabulary: int) -> int:
+    """Chunks that so many positions are computed in, at least one."""
+    return max(-(-positions // chunk_rows(vocabulary)), 1)
+
+
 def summed_loss(
-    hidden: torch.Tensor, rows: Rows, head: Callable[[torch.Tensor], torch.Tensor], vocabulary: int
+    hidden: torch.Tensor,
+    rows: Rows,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    vocabulary: int,
+    chunks: int | None = None,
 ) -> torch.Tensor:
-    """Sum over N positions of the loss in nats; hidden [N, hidden], `head` gives logits [n, vocabulary]."""
-    result: torch.Tensor = _ChunkedLoss.apply(hidden, rows, head, chunk_rows(vocabulary))
+    """Sum over N positions of the loss in nats; hidden [N, hidden], `head` gives logits [n, vocabulary].
+
+    `head` is called once for each of the `chunks`, some of which may be empty; None takes as many as are needed.
+    """
+    chunks = chunks or num_chunks(len(hidden), vocabulary)
+    result: torch.Tensor = _ChunkedLoss.apply(hidden, rows, head, chunks)
     return result
 
 
