@@ -47,7 +47,7 @@ def _table(adapter: AdapterPlan) -> Table:
 
 def _gpu_table(plan: GpuPlan) -> Table:
     smallest = f"{plan.smallest} would do" if plan.smallest else "1024 are too few"
-    table = Table(title=f"On {plan.gpu} ({smallest}); at most, not measured", title_justify="left")
+    table = Table(title=f"On {plan.gpu} ({smallest}); counted, not measured", title_justify="left")
     for column in ("stage", "GPUs", "GB per GPU", "hours", "dollars", "GB sent per GPU"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for name, stage in (("synthesize", plan.synthesize), ("fit", plan.fit)):

@@ -32,12 +32,16 @@ def dense(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
     return total
 
 
-def test_chunks_give_the_dense_loss_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunks", [None, 9, 40])
+def test_chunks_give_the_dense_loss_and_gradient(monkeypatch: pytest.MonkeyPatch, chunks: int | None) -> None:
+    """Also where there are more chunks than positions: ranks of ZeRO-3 must agree on a number."""
     monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * 50 * 3)  # three rows a chunk
     hidden, weight = torch.randn(17, 8), torch.randn(50, 8)
     rows = random_rows(17, 50)
     ours, theirs = hidden.clone().requires_grad_(), hidden.clone().double().requires_grad_()
-    loss = summed_loss(ours, rows, lambda h: h @ weight.T, 50)
+    calls = []
+    loss = summed_loss(ours, rows, lambda h: (calls.append(len(h)), h @ weight.T)[1], 50, chunks)
+    assert (len(calls), sum(calls)) == (chunks or 6, 17) and max(calls) <= 3
     wanted = dense(theirs @ weight.double().T, rows)
     (2 * loss).backward()
     (2 * wanted).backward()
