@@ -74,6 +74,11 @@ def cpus_per_share(shares: int) -> int:
     return next((c for c in range(max(nodes, default=0), 1, -1) if sum(n // c for n in nodes) >= shares), 1)
 
 
+def cpus_beside(gpus: float, shares: int) -> int:
+    """CPUs of a process with `gpus` of which there are `shares`: one drives a GPU, without one it gets its share."""
+    return 1 if gpus else cpus_per_share(shares)
+
+
 def require(bundle: dict[str, float], count: int, stage: str, wait_seconds: float) -> None:
     """Wait until the nodes hold `count` times `bundle` (CPU, GPU), each on one node; an autoscaler is asked for them.
 
@@ -86,9 +91,8 @@ def require(bundle: dict[str, float], count: int, stage: str, wait_seconds: floa
     deadline = time.monotonic() + wait_seconds
     try:
         while (held := _held(bundle)) < count and time.monotonic() < deadline and not _started_here:
-            request_resources(
-                bundles=[bundle] * count
-            )  # again: the cluster keeps one request, of whoever was last
+            # again and again: the cluster keeps one request, of whoever was last
+            request_resources(bundles=[bundle] * count)
             time.sleep(2)
     finally:
         if not _started_here and wait_seconds:
@@ -110,8 +114,7 @@ def check(config: Config) -> None:
         ("fit", config.fit.workers, config.cluster.gpus_per_worker),
         ("evaluate", 1, engine),
     ):
-        cpus = 1 if gpus else cpus_per_share(count)
-        require({"CPU": cpus, "GPU": gpus}, count, stage, wait_seconds=0)
+        require({"CPU": cpus_beside(gpus, count), "GPU": gpus}, count, stage, wait_seconds=0)
 
 
 def _held(bundle: dict[str, float]) -> int:

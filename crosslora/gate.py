@@ -15,7 +15,6 @@ LARGEST_BODY = 4 << 20
 """Bytes."""
 MOST_CHOICES, MOST_PROMPTS, MOST_LOGPROBS, MOST_STOPS = 16, 128, 20, 16
 
-Text = Annotated[str, Field(max_length=LARGEST_BODY)]
 Ids = list[Annotated[int, Field(ge=0, lt=1 << 31)]]
 
 
@@ -54,9 +53,9 @@ class _Request(_Known):
 
 class Completion(_Request):
     prompt: (
-        Text
+        str
         | Ids
-        | Annotated[list[Text], Field(max_length=MOST_PROMPTS)]
+        | Annotated[list[str], Field(max_length=MOST_PROMPTS)]
         | Annotated[list[Ids], Field(max_length=MOST_PROMPTS)]
     )
     echo: bool | None = None
@@ -65,14 +64,14 @@ class Completion(_Request):
 
 class TextPart(_Known):
     type: Literal["text"]
-    text: Text
+    text: str
 
 
 class ChatMessage(_Known):
     """Text only: a server that fetches images from addresses it is sent can be used to reach what only it can."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: str | list[TextPart]
     name: str | None = None
     # empty in the answers that clients send back in the next turn
     refusal: None = None

@@ -107,9 +107,8 @@ class VllmServer:
         request = LoRARequest(name, self._models.lora_id_counter.inc(1), folder)
         try:
             await self._engine.add_lora(request)
-        except (
-            Exception
-        ):  # vLLM names no class; the driver asks for every adapter and says that this one is missing
+        except Exception:  # vLLM names no class
+            # the driver asks for every adapter, and says that this one is missing
             logging.getLogger(__name__).exception("vLLM does not take the adapter %s", name)
             self._models.lora_requests.pop(name, None)
         else:

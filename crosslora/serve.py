@@ -30,8 +30,6 @@ FORMAT = (TOKENIZER, "tokenizer_config.json", "chat_template.jinja")
 """Files that decide what a chat becomes; the export writes them beside the adapter."""
 LONGEST = 4096
 """Tokens of prompt and answer where the user says nothing: what a laptop's memory holds for many requests."""
-
-
 SECONDS_BETWEEN_LOOKS = 2.0
 
 

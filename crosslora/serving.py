@@ -193,7 +193,7 @@ def _actor_options(
     num_gpus: float, threads: int | None, replicas: int, wait_seconds: float
 ) -> dict[str, Any]:
     """What a replica asks of Ray: as many CPUs as it has threads, so that nothing runs beside it."""
-    cpus = threads or (1 if num_gpus else cluster.cpus_per_share(replicas))
+    cpus = threads or cluster.cpus_beside(num_gpus, replicas)
     cluster.require({"CPU": cpus, "GPU": num_gpus}, replicas, "serving", wait_seconds)
     return {"num_cpus": cpus, "num_gpus": num_gpus, "runtime_env": {"env_vars": environment(cpus, num_gpus)}}
 

@@ -276,7 +276,7 @@ def _actor_class(config: Config, engines: int) -> Any:
     from crosslora.vllm_settings import environment
 
     gpus = config.synthesis.tensor_parallel * config.cluster.gpus_per_engine
-    cpus = 1 if gpus else cluster.cpus_per_share(engines)
+    cpus = cluster.cpus_beside(gpus, engines)
     cluster.require({"CPU": cpus, "GPU": gpus}, engines, "synthesize", config.cluster.wait_seconds)
     return ray.remote(Teacher).options(
         num_cpus=cpus,

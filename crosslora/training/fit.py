@@ -33,7 +33,7 @@ def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) ->
     settings = config.fit
     reach = check_corpus(config, stage, corpus)
     gpus = config.cluster.gpus_per_worker
-    cpus = 1 if gpus else cluster.cpus_per_share(settings.workers)
+    cpus = cluster.cpus_beside(gpus, settings.workers)
     cluster.require({"CPU": cpus, "GPU": gpus}, settings.workers, "fit", config.cluster.wait_seconds)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", SECONDS_BETWEEN_CHECKS)
     board = cluster.beside_driver(cluster.Board)
