@@ -20,37 +20,30 @@ from crosslora.sizing import Shape
 
 HERE = Path(__file__).resolve().parent
 RANK, KIND = 16, "H100-80GB"
+
+
+def _llama(hidden: int, mlp: int, layers: int, heads: int) -> LlamaConfig:
+    """The shape of a Llama 3.1."""
+    return LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+    )
+
+
 MODELS = {
-    "Llama-3.1-8B": LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    ),
-    "Llama-3.1-70B": LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=8192,
-        intermediate_size=28_672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-    ),
+    "Llama-3.1-8B": _llama(4096, 14_336, 32, 32),
+    "Llama-3.1-70B": _llama(8192, 28_672, 80, 64),
+    "Llama-3.1-405B": _llama(16_384, 53_248, 126, 128),
     "Qwen2.5-72B": Qwen2Config(
         vocab_size=152_064,
         hidden_size=8192,
         intermediate_size=29_568,
         num_hidden_layers=80,
         num_attention_heads=64,
-        num_key_value_heads=8,
-    ),
-    "Llama-3.1-405B": LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=16_384,
-        intermediate_size=53_248,
-        num_hidden_layers=126,
-        num_attention_heads=128,
         num_key_value_heads=8,
     ),
 }

@@ -4,7 +4,6 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +12,11 @@ from ray.cluster_utils import Cluster as RayCluster
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from crosslora import cluster
-from crosslora.config import Config, parse_config
+from crosslora.config import Config
 from crosslora.errors import UserError
 from crosslora.teacher import synthesize
 from crosslora.training.fit import scaling
+from tests.tiny import bare_config
 
 pytestmark = pytest.mark.real
 
@@ -34,17 +34,10 @@ def two_nodes() -> Iterator[None]:
 
 @pytest.fixture
 def config() -> Config:
-    return parse_config(
-        {
-            "run": "run",
-            "source": {"base": "a/b"},
-            "adapters": [{"name": "a", "path": "a"}],
-            "target": {"base": "c/d"},
-            "synthesis": {"engines": 2, "tensor_parallel": 8},
-            "fit": {"workers": 16},
-            "cluster": {"gpus_per_engine": 1, "gpus_per_worker": 1, "wait_seconds": 1},
-        },
-        Path.cwd(),
+    return bare_config(
+        synthesis={"engines": 2, "tensor_parallel": 8},
+        fit={"workers": 16},
+        cluster={"gpus_per_engine": 1, "gpus_per_worker": 1, "wait_seconds": 1},
     )
 
 

@@ -1,47 +1,28 @@
 """The arithmetic of memory and GPUs, on shapes whose figures are known."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
 
-from crosslora.config import Config, parse_config
+from benchmarks.plans import MODELS
+from crosslora.config import Config
 from crosslora.errors import UserError
 from crosslora.gpu_plan import GPUS, gpu_plan
 from crosslora.sizing import Shape, fit_memory, layer_activations, teacher_memory
+from tests.tiny import bare_config
 
 LEARNED = 100_000_000
 
 
 @pytest.fixture(scope="module")
 def large() -> Shape:
-    """The shape of Llama 3.1 70B."""
-    return Shape.of(
-        LlamaConfig(
-            vocab_size=128_256,
-            hidden_size=8192,
-            intermediate_size=28_672,
-            num_hidden_layers=80,
-            num_attention_heads=64,
-            num_key_value_heads=8,
-            tie_word_embeddings=False,
-        )
-    )
+    return Shape.of(MODELS["Llama-3.1-70B"])
 
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return parse_config(
-        {
-            "run": "run",
-            "source": {"base": "a/b"},
-            "adapters": [{"name": "a", "path": "a"}],
-            "target": {"base": "c/d"},
-        },
-        Path.cwd(),
-    )
+    return bare_config()
 
 
 def test_the_shape_is_that_of_the_model(large: Shape) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -25,6 +26,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from crosslora.config import Config, parse_config
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -247,3 +250,9 @@ def write_benchmarks(folder: Path) -> None:
     problems = [json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) for i in range(7)]
     (folder / "gsm8k_train.jsonl").write_text("\n".join(problems[:5]) + "\n")
     (folder / "gsm8k_test.jsonl").write_text("\n".join(problems[5:]) + "\n")
+
+
+def bare_config(**sections: Any) -> Config:
+    """A configuration whose models nothing reads."""
+    pair = {"source": {"base": "a/b"}, "adapters": [{"name": "a", "path": "a"}], "target": {"base": "c/d"}}
+    return parse_config({"run": "run", **pair, **sections}, Path.cwd())
