@@ -67,6 +67,14 @@ class RunFolder:
         selector = arrow_fs.FileSelector(self.root, allow_not_found=True)
         return sorted(self.filesystem.get_file_info(selector), key=lambda entry: str(entry.base_name))
 
+    def copy(self, into: Path) -> Path:
+        """Copy the files directly in it to a local folder, for what can read nothing else."""
+        into.mkdir(parents=True)
+        for entry in self.entries():
+            if entry.is_file:
+                (into / entry.base_name).write_bytes(self.read_bytes(entry.base_name))
+        return into
+
     def exists(self, name: str) -> bool:
         return self.filesystem.get_file_info(self.path(name)).type != arrow_fs.FileType.NotFound
 

@@ -216,10 +216,7 @@ def _fetch(name: str, folder: RunFolder, into: Path) -> Found:
     state = _state(folder)
     local = folder.local_root
     if local is None:
-        local = into / name / str(len(list(into.glob(f"{name}/*"))))
-        local.mkdir(parents=True)
-        for file, *_ in state:
-            (local / file).write_bytes(folder.read_bytes(file))
+        local = folder.copy(into / name / str(len(list(into.glob(f"{name}/*")))))
     return Found(name, local, state)
 
 

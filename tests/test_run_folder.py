@@ -92,3 +92,12 @@ def test_status_knows_done_started_and_not_started(tmp_path: Path) -> None:
 def test_status_of_no_run_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no run\.json"):
         stage_states(opened(tmp_path))
+
+
+def test_a_copy_holds_the_files_and_nothing_below(tmp_path: Path) -> None:
+    folder = RunFolder.open(str(tmp_path / "run"))
+    folder.write_bytes("a/one.bin", b"\x00\xff")
+    folder.write_bytes("a/below/two.bin", b"2")
+    copied = folder.sub("a").copy(tmp_path / "x/copy")
+    assert {file.name: file.read_bytes() for file in copied.iterdir()} == {"one.bin": b"\x00\xff"}
+    assert list(folder.sub("none").copy(tmp_path / "empty").iterdir()) == []

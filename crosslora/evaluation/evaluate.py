@@ -112,19 +112,9 @@ def _adapters(
         factors = baseline(name, transfer, source_folder, target_folder, seed)
         write_adapter(folder / name, factors, config.target.base)
         folders[name] = folder / name
-    folders[STUDENT] = stage_locally(
-        exported.folder, exported.name, exported.manifest()["files"], folder / STUDENT
-    )
+    folders[STUDENT] = exported.folder.sub(exported.name).copy(folder / STUDENT)
     write_adapter(folder / TEACHER, adapter.factors, config.source.base)  # in the form that every vLLM reads
     return {TEACHER: folder / TEACHER, **folders}
-
-
-def stage_locally(run: RunFolder, name: str, files: list[str], folder: Path) -> Path:
-    """A local copy of what PEFT and vLLM must read."""
-    folder.mkdir(parents=True)
-    for file in files:
-        (folder / file).write_bytes(run.read_bytes(f"{name}/{file}"))
-    return folder
 
 
 def _answers(

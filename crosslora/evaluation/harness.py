@@ -24,7 +24,6 @@ from crosslora.evaluation.evaluate import (
     TARGET_BASE,
     TEACHER,
     engine_settings,
-    stage_locally,
 )
 from crosslora.evaluation.harness_tasks import local_tasks
 from crosslora.evaluation.metrics import bootstrap_interval, paired_difference, recovered_gain
@@ -92,11 +91,10 @@ def evaluate_run(place: str, benchmarks: Benchmarks) -> dict[str, dict[str, Any]
 def _evaluate(
     config: Config, source: AdapterSource, folder: RunFolder, benchmarks: Benchmarks
 ) -> dict[str, Any]:
-    exported = f"export/{source.name}"
     with tempfile.TemporaryDirectory() as temporary:
         teacher, student = Path(temporary) / TEACHER, Path(temporary) / STUDENT
         write_adapter(teacher, read_adapter(source.path).factors, config.source.base)
-        stage_locally(folder, exported, folder.read_json(f"{exported}/manifest.json")["files"], student)
+        folder.sub(f"export/{source.name}").copy(student)
         scores = _scores(config, config.source, SOURCE_BASE, {TEACHER: teacher}, benchmarks)
         scores |= _scores(config, config.target, TARGET_BASE, {STUDENT: student}, benchmarks)
     by_task = {name: {model: given[name] for model, given in scores.items()} for name in benchmarks.names}
