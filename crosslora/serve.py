@@ -101,9 +101,9 @@ def serve(
                 f"serving {', '.join(endpoint.models)} at {endpoint.url}; a page to try them: {page}",
                 flush=True,
             )
-            print("adapters that come into these places or go are served or not; Ctrl-C stops it", flush=True)
+            print("adapters may come, change and go in these places meanwhile; Ctrl-C stops it", flush=True)
             with suppress(KeyboardInterrupt):
-                _keep_up(endpoint, places, base, found, Path(temporary))
+                _Keeper(endpoint, places, base, found, Path(temporary)).run()
 
 
 def find_adapters(places: Sequence[str], into: Path) -> list[Found]:
@@ -132,45 +132,62 @@ def common_base(found: Sequence[Found]) -> str:
     return bases[0]
 
 
-def _keep_up(
-    endpoint: Endpoint, places: Sequence[str], base: str | None, found: Sequence[Found], scratch: Path
-) -> None:
-    """Serve what comes into `places` and stop serving what goes, for ever. What cannot be served is said once."""
-    first, its_format, its_base = found[0].name, found[0].format, common_base(found) if base is None else None
-    known = {adapter.name: adapter.state for adapter in found}
-    """State of what is served or was refused."""
-    before = known
-    while True:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-        try:
-            listed = _list(places)
-            states = {name: _state(folder) for name, folder in listed.items()}
-        except (OSError, UserError) as error:  # a store that is out of reach is no reason to serve less
-            say(f"looking for adapters: {error}")
-            continue
-        # only what no longer changes: another program may still be writing it
-        new = [n for n in states if states[n] != known.get(n) and states[n] == before.get(n)]
-        gone = [name for name in known if name not in states]
-        for name in [*gone, *new]:
+class _Keeper:
+    """Serves what comes into `places` and stops serving what goes. What cannot be served is said once."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        places: Sequence[str],
+        base: str | None,
+        found: Sequence[Found],
+        scratch: Path,
+    ) -> None:
+        self._endpoint, self._places, self._scratch = endpoint, places, scratch
+        self._first, self._format = found[0].name, found[0].format
+        self._base = common_base(found) if base is None else None
+        self._known = {adapter.name: adapter.state for adapter in found}
+        """State of what is served or was refused."""
+        self._before = dict(self._known)
+
+    def run(self) -> None:
+        while True:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
             try:
-                if name in gone:
-                    endpoint.change({}, [name])
-                else:
-                    adapter = _fetch(name, listed[name], scratch)
-                    _check_same_format(adapter, first, its_format)
-                    if its_base is not None and adapter.base != its_base:
-                        raise UserError(f"it belongs to {adapter.base}, served is {its_base}; serve it apart")
-                    endpoint.change({name: adapter.folder})
-                say(f"{'no longer serving' if name in gone else 'serving'} {name}")
-            except UserError as error:
-                say(f"not serving {name}: {error}")
-            except (OSError, HTTPException) as error:  # a file that went, a replica that is being replaced
-                say(f"{name}: {error}; it is tried again")
-                continue
-            known = {other: state for other, state in known.items() if other != name}
-            if name in states:
-                known[name] = states[name]
-        before = states
+                self._look()
+            except (OSError, UserError) as error:  # a store that is out of reach is no reason to serve less
+                say(f"looking for adapters: {error}")
+
+    def _look(self) -> None:
+        listed = _list(self._places)
+        states = {name: _state(folder) for name, folder in listed.items()}
+        for name in self._known.keys() - states.keys():
+            self._endpoint.change({}, [name])
+            del self._known[name]
+            say(f"no longer serving {name}")
+        for name, state in states.items():
+            # only what no longer changes: another program may still be writing it
+            if state != self._known.get(name) and state == self._before.get(name):
+                self._try(name, listed[name], state)
+        self._before = states
+
+    def _try(self, name: str, folder: RunFolder, state: tuple[Any, ...]) -> None:
+        try:
+            self._add(name, folder)
+            say(f"serving {name}")
+        except UserError as error:
+            say(f"not serving {name}: {error}")
+        except (OSError, HTTPException) as error:  # a file that went, a replica that is being replaced
+            say(f"{name}: {error}; it is tried again")
+            return
+        self._known[name] = state
+
+    def _add(self, name: str, folder: RunFolder) -> None:
+        adapter = _fetch(name, folder, self._scratch)
+        _check_same_format(adapter, self._first, self._format)
+        if self._base is not None and adapter.base != self._base:
+            raise UserError(f"it belongs to {adapter.base}, served is {self._base}; serve it apart")
+        self._endpoint.change({name: adapter.folder})
 
 
 def _check_same_format(adapter: Found, first: str, its_format: str) -> None:
