@@ -100,12 +100,14 @@ def plan(
     from crosslora.config import load_config
     from crosslora.plan import make_plan
     from crosslora.plan_table import show
+    from crosslora.progress import say
 
     settings = load_config(config, overrides)
     made = make_plan(settings, gpu, gpus)
     if check:
         with cluster.session(settings.cluster):
             cluster.check(settings)
+        say("the Ray cluster can hold it")
     if as_json:
         _print_json(made.as_dict())
     else:
