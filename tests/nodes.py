@@ -6,6 +6,7 @@ import sys
 import time
 import uuid
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 
@@ -19,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 class Nodes:
     """The head runs jobs, and work only with `head_cpus`.
 
-    `ray start` does not quote the path of its Python: a link in `folder` leads around a space in it.
+    Every node has an address of its own: a job's driver belongs to a node that has its machine's address, whichever it
+    finds. `ray start` does not quote the path of its Python: a link in `folder` leads around a space in it.
     """
 
     def __init__(self, folder: Path, head_cpus: int, **environment: str) -> None:
@@ -36,6 +38,7 @@ class Nodes:
             "RAY_AUTH_TOKEN": uuid.uuid4().hex,
             **environment,
         }
+        self._addresses = count(1)
         head = ["--head", f"--port={self._port}", f"--dashboard-port={jobs}", "--disable-usage-stats"]
         self._nodes = [self._start(*head, f"--num-cpus={head_cpus}")]
 
@@ -85,7 +88,8 @@ class Nodes:
         """One after the other: nodes that start at the same time choose the same sockets."""
         # Without a port of its own the agent that starts jobs gives up where another Ray still holds the usual one.
         agent = f"--dashboard-agent-listen-port={_port()}"
-        command = [*self._ray, "start", "--block", agent, *options]
+        address = f"--node-ip-address=127.0.0.{next(self._addresses)}"
+        command = [*self._ray, "start", "--block", agent, address, *options]
         log = self._folder / f"{uuid.uuid4().hex}.log"
         with log.open("wb") as file:
             node = subprocess.Popen(command, env=self._environment, cwd=ROOT, stdout=file, stderr=file)

@@ -50,8 +50,10 @@ class Engine(Protocol):
     ) -> list[Generation]:
         """Continue every prompt, with the adapter on or off; `on_finished` hears how many more are done."""
 
-    def score(self, prompts: Sequence[list[int]], responses: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """log p_off of every response id under the source base alone, float32 [n] each."""
+    def score(
+        self, prompts: Sequence[list[int]], responses: Sequence[np.ndarray], *, adapter: bool = False
+    ) -> list[np.ndarray]:
+        """log p of every response id, float32 [n] each; without the adapter it is the source base's alone."""
 
 
 class VllmEngine:
@@ -112,14 +114,16 @@ class VllmEngine:
         outputs = self._run(prompts, params, self._lora if adapter else None, on_finished)
         return [_generation(output.outputs[0], sampling) for output in outputs]
 
-    def score(self, prompts: Sequence[list[int]], responses: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def score(
+        self, prompts: Sequence[list[int]], responses: Sequence[np.ndarray], *, adapter: bool = False
+    ) -> list[np.ndarray]:
         from vllm import SamplingParams
 
         params = SamplingParams(
             max_tokens=1, temperature=0, prompt_logprobs=0, flat_logprobs=True, detokenize=False
         )
         joined = [prompt + response.tolist() for prompt, response in zip(prompts, responses, strict=True)]
-        outputs = self._run(joined, params, None, None)
+        outputs = self._run(joined, params, self._lora if adapter else None, None)
         return [
             _realised(output.prompt_logprobs, ids)[len(prompt) :]
             for output, ids, prompt in zip(outputs, joined, prompts, strict=True)
@@ -246,12 +250,14 @@ class TransformersEngine:
             return self._model(input_ids=ids, past_key_values=cache, use_cache=True)
 
     @torch.inference_mode()
-    def score(self, prompts: Sequence[list[int]], responses: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [self._score_one(p, r.tolist()) for p, r in zip(prompts, responses, strict=True)]
+    def score(
+        self, prompts: Sequence[list[int]], responses: Sequence[np.ndarray], *, adapter: bool = False
+    ) -> list[np.ndarray]:
+        return [self._score_one(p, r.tolist(), adapter) for p, r in zip(prompts, responses, strict=True)]
 
-    def _score_one(self, prompt: list[int], response: list[int]) -> np.ndarray:
+    def _score_one(self, prompt: list[int], response: list[int], adapter: bool) -> np.ndarray:
         ids = torch.tensor([prompt + response], device=self._device)
-        logp = self._forward(ids, None, adapter=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+        logp = self._forward(ids, None, adapter).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
         return logp.gather(1, ids[0, len(prompt) :, None]).squeeze(1).cpu().numpy()
 
 

@@ -21,7 +21,7 @@ PERMUTATIONS = 64
 
 def verdicts(samples: Sequence[Sample], settings: Synthesis) -> list[dict[str, Any]]:
     """One row per sample: sample_id, verdict, held_out (only ever true for kept samples)."""
-    duplicates = _NearDuplicates(settings.max_similarity)
+    duplicates = NearDuplicates(settings.max_similarity)
     rows = [
         {"sample_id": s.sample_id, "verdict": _verdict(s, settings, duplicates), "held_out": False}
         for s in samples
@@ -38,7 +38,7 @@ def count_by_verdict(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     return dict(Counter(row["verdict"] for row in rows).most_common())
 
 
-def _verdict(sample: Sample, settings: Synthesis, duplicates: _NearDuplicates) -> str:
+def _verdict(sample: Sample, settings: Synthesis, duplicates: NearDuplicates) -> str:
     if not sample.finished:
         return "unfinished"
     if sample.response is None:
@@ -57,7 +57,7 @@ def _is_degenerate(text: str) -> bool:
     return len(raw) >= 64 and len(raw) / len(zlib.compress(raw)) > MOST_COMPRESSION
 
 
-class _NearDuplicates:
+class NearDuplicates:
     """MinHash over character 5-grams."""
 
     def __init__(self, threshold: float) -> None:

@@ -12,6 +12,7 @@ from typing import Protocol
 from crosslora.config import Prompts, Synthesis
 from crosslora.errors import UserError
 from crosslora.teacher.engine import Engine, Generation, Sampling
+from crosslora.teacher.turned import TurnedAnswers
 from crosslora.text.templates import ChatFormat
 from crosslora.text.vocabulary import Vocabulary
 
@@ -29,7 +30,8 @@ class Strategy(Protocol):
 class SelfPrompts:
     """The teacher continues what its template writes before a user turn, and so writes the user's prompt itself.
 
-    Xu et al., "Magpie: Alignment Data Synthesis from Scratch" (2024), here with the adapter on.
+    Xu et al., "Magpie: Alignment Data Synthesis from Scratch" (2024), here with the adapter on. Where it writes answers
+    instead, these are turned round.
     """
 
     def __init__(self, engine: Engine, words: Vocabulary, chat: ChatFormat, settings: Synthesis) -> None:
@@ -40,10 +42,19 @@ class SelfPrompts:
             )
         self._engine, self._words, self._chat = engine, words, chat
         self._sampling = _prompt_sampling(chat, settings)
+        self._turned = TurnedAnswers(engine, words, chat, settings)
+        self._gives_answers: bool | None = None
+        """Whether the teacher writes answers in the user's place; seen at the first texts."""
 
     def prompts(self, count: int, shard: int) -> list[str]:
+        if self._gives_answers:
+            return self._turned.prompts(count)
         generations = self._engine.generate([self._chat.pre_query_ids] * count, self._sampling, adapter=True)
-        return _texts(generations, self._words, self._chat)
+        texts = _texts(generations, self._words, self._chat)
+        if self._gives_answers is None and texts:
+            self._gives_answers = self._turned.are_answers(texts)
+            return self.prompts(count, shard) if self._gives_answers else texts
+        return texts
 
 
 class SeedPrompts:

@@ -1,0 +1,82 @@
+"""What a model answers, in a process of its own, so that its memory comes back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from benchmarks.quality.tasks import Row
+from crosslora.config import Base
+from crosslora.evaluation.tasks import Answer
+
+T = TypeVar("T")
+
+
+def alone(work: Callable[..., T], *arguments: Any) -> T:
+    """Call a function of a module in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def greedy(base: Base, adapter: Path | None, rows: Sequence[Row], max_tokens: int) -> list[Answer]:
+    """Greedy answers of base + adapter, or of the base alone, by vLLM."""
+    from crosslora.vllm_settings import environment, lora_options
+
+    os.environ |= environment(len(os.sched_getaffinity(0)))
+    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
+
+    from crosslora import vllm_lora_cpu
+    from crosslora.models import load_format, resolve
+
+    vllm_lora_cpu.install()
+    folder = resolve(base)
+    chat = load_format(folder, base)
+    prompts = [TokensPrompt(prompt_token_ids=chat.prompt_ids(row["prompt"])) for row in rows]
+    longest = max(len(prompt["prompt_token_ids"]) for prompt in prompts)
+    llm = LLM(
+        folder,
+        dtype="bfloat16",
+        max_model_len=longest + max_tokens + 8,
+        max_num_seqs=256,
+        enforce_eager=True,
+        disable_log_stats=True,
+        **lora_options([adapter] if adapter else []),
+    )
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, stop_token_ids=sorted(chat.stop_ids))
+    lora = LoRARequest("judged", 1, str(adapter.resolve())) if adapter else None
+    outputs = llm.generate(prompts, params, lora_request=lora, use_tqdm=False)
+    chosen = [output.outputs[0] for output in outputs]
+    return [Answer(choice.text, choice.finish_reason == "stop") for choice in chosen]
+
+
+@torch.inference_mode()
+def nats(base: Base, adapter: Path | None, rows: Sequence[Row]) -> list[float]:
+    """Mean nats per byte of each reference answer, its end included, teacher-forced in the model's own chat format.
+
+    Bytes, not tokens: models with other tokenizers are compared.
+    """
+    from peft import PeftModel
+
+    from benchmarks.train_adapter import conversations
+    from crosslora.models import load_format, load_model, resolve
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    folder = resolve(base)
+    model: Any = load_model(folder, "bfloat16")
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    spent = []
+    for row, conversation in zip(rows, conversations(rows, load_format(folder, base)), strict=True):
+        ids = torch.tensor(conversation.ids)
+        answer = slice(conversation.prompt - 1, -1)
+        logp = model(input_ids=ids[None]).logits[0, answer].float().log_softmax(-1)
+        total = -float(logp.gather(1, ids[conversation.prompt :, None]).sum())
+        spent.append(total / (len(row["completion"].encode()) + 1))
+    return spent

@@ -1,0 +1,97 @@
+"""A cell of the benchmark: one direction, task, method and random seed; and where its parts lie."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.tasks import TASKS, BenchmarkTask, Row
+from crosslora.config import AdapterSource, Base, Config, Evaluation, Fit, Synthesis
+
+RESULTS = Path(__file__).parent / "results"
+WORK = Path("runs/quality")
+CHAT_TAGS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""SmolLM2's, without the system turn that its own template adds: its adapters are trained so."""
+SMOLLM2 = Base(base="models/SmolLM2-135M-Instruct", chat_template=CHAT_TAGS)
+GEMMA3 = Base(base="models/gemma-3-270m")
+DIRECTIONS = {"smollm2-gemma3": (SMOLLM2, GEMMA3), "gemma3-smollm2": (GEMMA3, SMOLLM2)}
+SHIPPED = {
+    ("smollm2-gemma3", "snips"): Path("examples/snips/adapter"),
+    ("gemma3-smollm2", "snips"): Path("examples/snips/gemma-adapter"),
+}
+"""Source adapters that lie in the repository; the others are trained."""
+SYNTHESIS = {"samples": 1500, "prompt_temperature": 0.8, "max_response_tokens": 128}
+"""The demo's. What is not here or in a task is the default of a transfer."""
+BATCH = 4
+SEEDLESS = ("target_base", "teacher", "crop")
+"""Methods that a random seed does not change."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    direction: str
+    task: str
+    method: str
+    random_seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.direction}/{self.task}/{self.method}-{self.random_seed}"
+
+    @property
+    def setting(self) -> BenchmarkTask:
+        return TASKS[self.task]
+
+    @property
+    def bases(self) -> tuple[Base, Base]:
+        """(source, target)"""
+        return DIRECTIONS[self.direction]
+
+    @cached_property
+    def rows(self) -> tuple[list[Row], list[Row]]:
+        return self.setting.rows()
+
+    @property
+    def result_file(self) -> Path:
+        return RESULTS / f"{self.name}.json"
+
+    @property
+    def folder(self) -> Path:
+        """Of the adapter that the method makes."""
+        return WORK / "adapters" / self.name
+
+    @property
+    def source_adapter(self) -> Path:
+        return SHIPPED.get(
+            (self.direction, self.task), WORK / "adapters" / self.direction / self.task / "source"
+        )
+
+    def config(self) -> Config:
+        """Of the transfer whose corpus all trained methods share."""
+        source, target = self.bases
+        synthesis = {**SYNTHESIS, **self.setting.synthesis, "random_seed": self.random_seed}
+        return Config(
+            run=str(WORK / "runs" / self.direction / f"{self.task}-{self.random_seed}"),
+            source=source,
+            target=target,
+            adapters=[AdapterSource(name=self.task, path=self.source_adapter)],
+            synthesis=Synthesis(**synthesis),
+            fit=Fit(
+                steps=self.setting.steps,
+                batch_size=BATCH,
+                checkpoint_every=100,
+                evaluate_every=200,
+                random_seed=self.random_seed,
+            ),
+            evaluation=Evaluation(random_seed=self.random_seed),
+        )
+
+    def write(self, result: dict[str, Any]) -> None:
+        self.result_file.parent.mkdir(parents=True, exist_ok=True)
+        self.result_file.write_text(json.dumps(asdict(self) | result, indent=1) + "\n")

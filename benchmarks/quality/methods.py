@@ -1,0 +1,200 @@
+"""What is compared. Each method makes an adapter folder and says what it took."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import crosslora
+from benchmarks.quality.answers import alone
+from benchmarks.quality.cells import BATCH, Cell
+from benchmarks.quality.distil import PlainLora, distil
+from benchmarks.quality.tasks import Row
+from benchmarks.train_adapter import Recipe, conversations, mean_loss, save, train
+from crosslora.adapter import read_adapter, write_adapter
+from crosslora.config import Base
+from crosslora.evaluation.baselines import baseline
+from crosslora.models import load_format, resolve
+from crosslora.projection.build import Transfer, build_transfer
+from crosslora.run_folder import RunFolder
+from crosslora.text.pair import TokenizerPair
+
+Report = dict[str, Any]
+SOURCE_STEPS = 600
+ORACLE_RATES = (5e-4, 1e-3, 2e-3)
+VALIDATION = 100
+"""Training rows that only choose the oracle's learning rate."""
+
+
+def source(cell: Cell) -> Report:
+    """The adapter that is to be moved; rows and recipe are the same whatever the random seed."""
+    folder = cell.source_adapter
+    if (folder / "adapter_config.json").exists():
+        return {}
+    recipe = Recipe(steps=SOURCE_STEPS, completions_only=cell.setting.completions_only)
+    base, rows = cell.bases[0], cell.rows[0]
+    return alone(_train_into, base, rows, recipe, folder, "source adapter")
+
+
+def target_base(cell: Cell) -> Report:
+    return {}
+
+
+def teacher(cell: Cell) -> Report:
+    return {}
+
+
+def oracle(cell: Cell) -> Report:
+    """LoRA on the target with the original data: same rank, linears and number of steps as the student."""
+    base, rows = cell.bases[1], cell.rows[0]
+    rate, tried = _oracle_rate(cell)
+    recipe = Recipe(
+        rank=read_adapter(cell.source_adapter).rank,
+        steps=cell.setting.steps,
+        batch_size=BATCH,
+        learning_rate=rate,
+        completions_only=True,
+        random_seed=cell.random_seed,
+    )
+    if cell.random_seed == 0 and (cell.folder / "adapter_config.json").exists():
+        return tried  # made while its learning rate was chosen
+    return tried | alone(_train_into, base, rows[VALIDATION:], recipe, cell.folder, "oracle")
+
+
+def _oracle_rate(cell: Cell) -> tuple[float, Report]:
+    """Best of three by the validation loss with random seed 0; other random seeds take it over."""
+    folder = cell.folder.parent / "oracle-rates"
+    for rate in ORACLE_RATES:
+        if not (folder / f"{rate}.json").exists():
+            rank = read_adapter(cell.source_adapter).rank
+            recipe = Recipe(rank, cell.setting.steps, BATCH, rate, completions_only=True)
+            rows = cell.rows[0]
+            alone(_train_into, cell.bases[1], rows[VALIDATION:], recipe, folder / str(rate), f"oracle {rate}")
+            loss = alone(_validation_loss, cell.bases[1], folder / str(rate), rows[:VALIDATION])
+            (folder / f"{rate}.json").write_text(json.dumps({"loss": loss}))
+    losses = {rate: json.loads((folder / f"{rate}.json").read_text())["loss"] for rate in ORACLE_RATES}
+    best = min(losses, key=lambda rate: losses[rate])
+    if cell.random_seed == 0 and not cell.folder.exists():
+        cell.folder.parent.mkdir(parents=True, exist_ok=True)
+        (folder / str(best)).rename(cell.folder)
+    return best, {"learning_rate": best, "validation_losses": losses}
+
+
+def _validation_loss(base: Base, folder: Path, rows: list[Row]) -> float:
+    from peft import PeftModel
+
+    from crosslora.models import load_model
+
+    model = PeftModel.from_pretrained(load_model(resolve(base), "bfloat16"), folder).eval()
+    return mean_loss(model, conversations(rows, load_format(resolve(base), base)))
+
+
+def _train_into(base: Base, rows: list[Row], recipe: Recipe, folder: Path, title: str) -> Report:
+    started = time.monotonic()
+    save(train(base, rows, recipe, title), base.base, folder)
+    return {"minutes": (time.monotonic() - started) / 60}
+
+
+def default(cell: Cell) -> Report:
+    """The product: crosslora.transfer, up to the exported adapter."""
+    config, name = cell.config(), cell.task
+    crosslora.transfer(config, until="export")
+    run = RunFolder.open(config.run)
+    run.sub(f"export/{name}").copy(cell.folder)
+    fitted, filtered = (run.read_json(f"{stage}/{name}/manifest.json") for stage in ("fit", "filter"))
+    return {
+        "minutes": {stage: _minutes(run, f"{stage}/{name}") for stage in ("synthesize", "filter", "fit")},
+        "samples": filtered["counts"],
+        "coverage": fitted["coverage"],
+        "held_out_kl": fitted["held_out_kl"],
+        "tokens_per_second": fitted["tokens_per_second"],
+        "verbatim": _verbatim(cell, run),
+    }
+
+
+def _minutes(run: RunFolder, stage: str) -> float:
+    """By the last start and end; a stage that was interrupted took longer."""
+    lines = run.read_bytes(f"{stage}/events.jsonl").decode().splitlines()
+    times = {event["event"]: event["time"] for event in map(json.loads, lines)}
+    return round((times["done"] - times["start"]) / 60, 2)
+
+
+def _verbatim(cell: Cell, run: RunFolder) -> Report:
+    """How many of the corpus's prompts stand in the task's own rows, word for word."""
+    from crosslora.teacher.corpus import read_corpus
+
+    train, held_out = read_corpus(run, *corpus_stages(cell))
+    prompts = {sample.prompt.strip() for sample in [*train, *held_out]}
+    training, test = ({row["prompt"].strip() for row in rows} for rows in cell.rows)
+    return {"prompts": len(prompts), "training": len(prompts & training), "test": sorted(prompts & test)}
+
+
+def corpus_stages(cell: Cell) -> tuple[str, str]:
+    return f"synthesize/{cell.task}", f"filter/{cell.task}"
+
+
+def plain_kl(cell: Cell) -> Report:
+    return _distilled(cell, _plain, False)
+
+
+def plain_ce(cell: Cell) -> Report:
+    """On the teacher's text alone: what Trans-LoRA and TiTok come to."""
+    return _distilled(cell, _plain, True)
+
+
+def projection_only(cell: Cell) -> Report:
+    return _distilled(cell, _projection_only, False)
+
+
+def full_projection(cell: Cell) -> Report:
+    """Without residual, and all of P learned instead of its part on the span."""
+    return _distilled(cell, _full_projection, False)
+
+
+def _plain(transfer: Transfer) -> PlainLora:
+    return PlainLora(transfer, random_seed=0)
+
+
+def _projection_only(transfer: Transfer) -> Any:
+    return transfer.projection(residual=False)
+
+
+def _full_projection(transfer: Transfer) -> Any:
+    return transfer.projection(residual=False, full=True)
+
+
+def _distilled(cell: Cell, build: Callable[[Transfer], Any], cross_entropy: bool) -> Report:
+    config = cell.config()
+    crosslora.transfer(config, until="filter")
+    made = alone(distil, config, corpus_stages(cell), build, cross_entropy)
+    write_adapter(cell.folder, made.factors, config.target.base)
+    return {"minutes": made.minutes, "tokens_per_second": made.tokens_per_second}
+
+
+def untrained(cell: Cell) -> Report:
+    """`random`, `crop` and `closed_form` as an evaluation makes them."""
+    config, adapter = cell.config(), read_adapter(cell.source_adapter)
+    pair = TokenizerPair.load(config.source, config.target)
+    transfer = build_transfer(adapter, config.source, config.target, pair, cell.random_seed)
+    folders = resolve(config.source), resolve(config.target)
+    factors = baseline(cell.method, transfer, *folders, cell.random_seed)
+    write_adapter(cell.folder, factors, config.target.base)
+    return {}
+
+
+METHODS: dict[str, Callable[[Cell], Report]] = {
+    "target_base": target_base,
+    "teacher": teacher,
+    "default": default,
+    "oracle": oracle,
+    "plain_kl": plain_kl,
+    "plain_ce": plain_ce,
+    "projection_only": projection_only,
+    "full_projection": full_projection,
+    "random": untrained,
+    "crop": untrained,
+    "closed_form": untrained,
+}

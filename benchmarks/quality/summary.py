@@ -1,0 +1,131 @@
+"""Table and chart of the cells that there are: benchmarks/quality/summary.json, .md and .png."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality.cells import DIRECTIONS, RESULTS
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.tasks import TASKS
+
+HERE = Path(__file__).parent
+RESAMPLES = 2000
+Scores = list[np.ndarray]
+"""Scores of each random seed, [n] each."""
+
+
+def summarise() -> None:
+    rows = [
+        row
+        for direction in DIRECTIONS
+        for task, setting in TASKS.items()
+        for row in _rows(direction, task, setting.metrics[0])
+    ]
+    (HERE / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (HERE / "summary.md").write_text(_table(rows))
+    _chart(rows)
+
+
+def _rows(direction: str, task: str, metric: str) -> list[dict[str, Any]]:
+    """One for every method that has a cell, in the order of METHODS."""
+    cells = [json.loads(path.read_text()) for path in sorted((RESULTS / direction / task).glob("*.json"))]
+    scores = {
+        method: [np.array(cell["scores"][metric]) for cell in cells if cell["method"] == method]
+        for method in METHODS
+    }
+    scores = {method: values for method, values in scores.items() if values}
+    return [_row(direction, task, metric, method, scores) for method in scores]
+
+
+def _row(direction: str, task: str, metric: str, method: str, scores: dict[str, Scores]) -> dict[str, Any]:
+    draws = {name: _means(values) for name, values in scores.items()}
+    row = {
+        "direction": direction,
+        "task": task,
+        "method": method,
+        "metric": metric,
+        "random_seeds": len(scores[method]),
+        "n": len(scores[method][0]),
+        "mean": float(np.mean(scores[method])),
+        "interval": np.quantile(draws[method], [0.025, 0.975]).tolist(),
+    }
+    for name, reference in (("rho", "oracle"), ("rho_teacher", "teacher")):
+        if "target_base" in scores and reference in scores and method not in ("target_base", reference):
+            row[name] = _rho(method, reference, scores, draws)
+    return row
+
+
+def _rho(
+    method: str, reference: str, scores: dict[str, Scores], draws: dict[str, np.ndarray]
+) -> dict[str, Any] | None:
+    """Ratio of the means over random seeds; None where the reference's gain may be none."""
+    gains = draws[reference] - draws["target_base"]
+    if np.quantile(gains, 0.025) <= 0:
+        return None
+    ratios = ((draws[method] - draws["target_base"]) / gains)[gains > 0]
+    base = np.mean(scores["target_base"])
+    value = (np.mean(scores[method]) - base) / (np.mean(scores[reference]) - base)
+    return {"value": float(value), "interval": np.quantile(ratios, [0.025, 0.975]).tolist()}
+
+
+def _means(seeds: Scores) -> np.ndarray:
+    """Bootstrap means [RESAMPLES] over items and random seeds together; the same items for every method."""
+    items, chooser = np.random.default_rng(0), np.random.default_rng(1)
+    stacked = np.stack(seeds)  # [seeds, n]
+    count, n = stacked.shape
+    means = np.empty(RESAMPLES)
+    for draw in range(RESAMPLES):
+        drawn = items.integers(n, size=n)
+        means[draw] = stacked[chooser.integers(count, size=count)][:, drawn].mean()
+    return means
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| direction | task | method | random seeds | metric | mean | 95% | rho | 95% |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        rho = row.get("rho")
+        cells = [row["direction"], row["task"], row["method"], str(row["random_seeds"]), row["metric"]]
+        cells += [f"{row['mean']:.3f}", _span(row["interval"])]
+        cells += [f"{rho['value']:.2f}", _span(rho["interval"])] if rho else ["", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _span(interval: list[float]) -> str:
+    return f"{interval[0]:.3f} to {interval[1]:.3f}"
+
+
+def _chart(rows: list[dict[str, Any]]) -> None:
+    """rho of every method that has one, a group of bars for each direction and task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    known = [row for row in rows if row.get("rho")]
+    if not known:
+        return
+    groups = list(dict.fromkeys((row["direction"], row["task"]) for row in known))
+    methods = [method for method in METHODS if any(row["method"] == method for row in known)]
+    figure, axes = pyplot.subplots(figsize=(2 + 2 * len(groups), 4), layout="constrained")
+    for place, method in enumerate(methods):
+        own = [row for row in known if row["method"] == method]
+        at = [
+            groups.index((row["direction"], row["task"])) + 0.8 * (place + 0.5) / len(methods) for row in own
+        ]
+        values = [row["rho"]["value"] for row in own]
+        low, high = zip(*(row["rho"]["interval"] for row in own), strict=True)
+        errors = [np.subtract(values, low).clip(0), np.subtract(high, values).clip(0)]
+        axes.bar(at, values, 0.8 / len(methods), yerr=errors, label=method)
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set_xticks([index + 0.4 for index in range(len(groups))], ["\n".join(group) for group in groups])
+    axes.set_ylabel("rho: recovered share of the oracle's gain")
+    axes.legend(ncols=2, fontsize="small")
+    figure.savefig(HERE / "summary.png", dpi=110)

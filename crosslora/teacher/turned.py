@@ -1,0 +1,144 @@
+"""Answers turned round into prompts: for an adapter that was trained on completions only.
+
+Such a teacher writes answers where a user's text should stand. They show what it was trained to say, not what it was
+asked. The source base alone writes requests for them, a few examples before its eyes, and the teacher's new answer
+tells which is the best.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+
+from crosslora.config import Synthesis
+from crosslora.evaluation.metrics import rouge_l
+from crosslora.teacher.engine import Engine, Generation, Sampling
+from crosslora.teacher.filters import NearDuplicates
+from crosslora.text.templates import ChatFormat
+from crosslora.text.vocabulary import Vocabulary
+
+Pair = tuple[str, str]
+"""A request and its answer."""
+EXAMPLES: list[Pair] = [
+    ("What is the capital of France?", "Paris"),
+    ("Pack my bag: 2 shirts, a towel and the blue hat", '{"pack": ["2 shirts", "towel", "blue hat"]}'),
+    ("I would buy these shoes again.", "sentiment: good"),
+    ("A storm closed the airport on Monday.", "Storm Shuts Airport"),
+    ("turn off the lamp in the hall at nine", 'lamp(room="hall", state="off", time="9:00")'),
+    ("Who has the keys to room 12, Maria or Tom?", '{"type": "question", "object": "keys", "room": "12"}'),
+    (
+        "send Ada 50 euros for the tickets",
+        '{"action": "pay", "to": "Ada", "amount": "50 euros", "for": "tickets"}',
+    ),
+    ("Say it in plain words: the vehicle was inoperable.", "The car did not work."),
+    ("How many days are there in a leap year?", "There are 366 days in a leap year."),
+    (
+        "find me a cheap flight to Oslo on Friday",
+        "SEARCH flight WHERE to = Oslo AND day = Friday SORT BY price",
+    ),
+]
+"""What the writer sees: texts of many kinds, each with what somebody made of it. What an answer says stands in its
+request too."""
+END = "###"
+"""Between two examples."""
+TEMPERATURE = 0.7
+"""Of the writer; at 1 a small one loses its way."""
+SHOTS = 4
+SAME_SHOTS = 16
+"""Answers in a row that are shown the same examples: an engine reads these once."""
+PROBES = 64
+"""Texts by which it is decided what the teacher writes in the user's place."""
+MOST_ALIKE = 0.7
+"""Similarity of two answers above which one of them is left out: a teacher repeats what is likeliest."""
+CANDIDATES = 2
+"""Requests written for an answer; the best is kept."""
+MOST_COPIED = 0.8
+"""Overlap with the answer above which a request only repeats it."""
+
+
+class TurnedAnswers:
+    """Requests for answers that the teacher gave away."""
+
+    def __init__(self, engine: Engine, words: Vocabulary, chat: ChatFormat, settings: Synthesis) -> None:
+        self._engine, self._words, self._chat = engine, words, chat
+        marks = {i for i, raw in enumerate(words.token_bytes) if raw is not None and END.encode() in raw}
+        self._writing = Sampling(TEMPERATURE, settings.max_prompt_tokens, chat.stop_ids | marks, top_k=0)
+        self._giving = Sampling(1.0, settings.max_response_tokens, chat.user_stop_ids, top_k=0)
+        self._answering = Sampling(0.0, settings.max_response_tokens, chat.stop_ids, top_k=0)
+        self._room = settings.max_prompt_tokens + settings.max_response_tokens
+        self._chooser = random.Random(settings.random_seed)
+
+    def are_answers(self, texts: Sequence[str]) -> bool:
+        """Whether what the teacher wrote in the user's place are answers, not prompts.
+
+        The teacher's answer to a prompt belongs after it: there the adapter raises it more than in the user's place. If
+        the adapter never saw a user's turn, both places are the same to it, and the base's own copying takes the rest.
+        """
+        prompts = [self._chat.prompt_ids(text) for text in texts[:PROBES]]
+        answers = self._engine.generate(prompts, self._answering, adapter=True)
+        ids = [answer.ids for answer in answers]
+        own, users = self._effects(prompts, ids), self._effects([self._chat.pre_query_ids] * len(ids), ids)
+        return bool(np.median(own - users) < 0)
+
+    def prompts(self, count: int) -> list[str]:
+        """At most `count` requests."""
+        answers = self._given_away(count)
+        best: dict[str, tuple[float, Pair]] = {}
+        for agreement, pair in self._turn(answers * CANDIDATES):
+            if pair[1] not in best or agreement > best[pair[1]][0]:
+                best[pair[1]] = agreement, pair
+        return [request for _, (request, _) in best.values()]
+
+    def _given_away(self, count: int) -> list[str]:
+        """At most `count` answers, unlike each other: what the teacher says in the user's place and to nothing."""
+        places = [self._chat.pre_query_ids, self._chat.prompt_ids("")]
+        generations = self._engine.generate([*places] * count, self._giving, adapter=True)
+        seen = NearDuplicates(MOST_ALIKE)
+        texts = [text for g in generations if g.finished and (text := self._text(g))]
+        return [text for row, text in enumerate(texts) if not seen.seen(text, str(row))][:count]
+
+    def _turn(self, answers: list[str]) -> list[tuple[float, Pair]]:
+        """(agreement of the teacher's new answer, pair) for every answer that got a request."""
+        pairs = [pair for pair in zip(self._write(answers), answers, strict=True) if _is_request(*pair)]
+        prompts = [self._chat.prompt_ids(request) for request, _ in pairs]
+        replies = self._engine.generate(prompts, self._answering, adapter=True)
+        texts = [self._text(reply) if reply.finished else "" for reply in replies]
+        return [(rouge_l(text, pair[1]), pair) for text, pair in zip(texts, pairs, strict=True)]
+
+    def _text(self, generation: Generation) -> str:
+        return (self._words.text(generation.ids[:-1].tolist()) or "").strip()
+
+    def _write(self, answers: list[str]) -> list[str]:
+        """A request for each answer, "" where none came out."""
+        shown: list[list[int]] = []
+        for row, answer in enumerate(answers):
+            if row % SAME_SHOTS == 0:
+                chosen = self._chooser.sample(EXAMPLES, SHOTS)
+            shown.append(self._shown(chosen, answer))
+        generations = self._engine.generate(shown, self._writing, adapter=False)
+        return [self._request(generation.ids.tolist()) for generation in generations]
+
+    def _shown(self, examples: list[Pair], answer: str) -> list[int]:
+        """What the writer goes on from: as many of the examples as there is room for."""
+        parts = [self._words.encode(f"Data: {a}\nUser said: {request}\n{END}\n") for request, a in examples]
+        last = self._words.encode(f"Data: {answer}\nUser said:")
+        while parts and sum(map(len, parts)) + len(last) > self._room:
+            parts.pop()
+        return [*chain.from_iterable(parts), *last]
+
+    def _request(self, ids: list[int]) -> str:
+        text = self._words.text([i for i in ids if i not in self._chat.stop_ids]) or ""
+        request, ended, _ = text.partition(END)
+        return request.strip() if ended or ids[-1] in self._chat.stop_ids else ""
+
+    def _effects(self, prompts: list[list[int]], ids: list[np.ndarray]) -> np.ndarray:
+        """Adapter effect of each response after its prompt, nats per token, [n]."""
+        on, off = (self._engine.score(prompts, ids, adapter=adapter) for adapter in (True, False))
+        return np.array([float(np.mean(a - b)) for a, b in zip(on, off, strict=True)])
+
+
+def _is_request(request: str, answer: str) -> bool:
+    return bool(request) and rouge_l(request, answer) <= MOST_COPIED
