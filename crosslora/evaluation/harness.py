@@ -18,15 +18,10 @@ from crosslora import cluster
 from crosslora.adapter import read_adapter, write_adapter
 from crosslora.config import AdapterSource, Base, Config
 from crosslora.errors import UserError
-from crosslora.evaluation.evaluate import (
-    SOURCE_BASE,
-    STUDENT,
-    TARGET_BASE,
-    TEACHER,
-    engine_settings,
-)
+from crosslora.evaluation.evaluate import engine_settings
 from crosslora.evaluation.harness_tasks import local_tasks
 from crosslora.evaluation.metrics import bootstrap_interval, paired_difference, recovered_gain
+from crosslora.evaluation.results import SOURCE_BASE, STUDENT, TARGET_BASE, TEACHER
 from crosslora.models import load_tokenizer, resolve
 from crosslora.progress import say
 from crosslora.run_folder import RunFolder

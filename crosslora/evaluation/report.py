@@ -30,9 +30,10 @@ def report(results: dict[str, Any]) -> str:
     """Markdown: how much survived, the table, the chart, answers side by side."""
     lines = ["# Transfer report", ""]
     lines += [f"- **{name}**: {_headline(task)}" for name, task in results["tasks"].items()]
-    lines += [_distance(results["held_out_kl"]), "", "![scores](chart.png)", ""]
+    lines += [_distance(results["held_out_kl"]), _drift(results["drift"]), "", "![scores](chart.png)", ""]
     for name, task in results["tasks"].items():
         lines += [f"## {name} (n = {task['n']})", "", *_table(task), "", *_examples(task), ""]
+    lines += ["## Speed", "", *_speed(results["speed"]), ""]
     packages = ", ".join(f"{name} {version}" for name, version in results["packages"].items())
     source, target = results["config"]["source"]["base"], results["config"]["target"]["base"]
     lines += ["## Provenance", "", f"crosslora {results['crosslora']}; {packages}.", ""]
@@ -49,6 +50,7 @@ def html_report(results: dict[str, Any], adapter: str) -> str:
     )
     environment.filters["number"] = lambda value: f"{value:.3f}"
     environment.filters["percent"] = lambda value, digits=0: f"{value:.{digits}%}"
+    environment.filters["change"] = lambda ratio: f"{ratio - 1:+.1%}"
     config = results["config"]
     page: str = environment.get_template("report.html.j2").render(
         {**results, "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True)},
@@ -67,6 +69,22 @@ def _distance(kl: dict[str, float]) -> str:
     )
 
 
+def _drift(drift: dict[str, Any]) -> str:
+    change = {name: value - 1 for name, value in drift["perplexity_ratio"].items()}
+    return (
+        f"- **plain text** (n = {drift['n']}): the student's perplexity is {change['mean']:+.1%} from the target base's "
+        f"(95% interval {change['low']:+.1%} to {change['high']:+.1%})"
+    )
+
+
+def _speed(speed: dict[str, dict[str, float]]) -> list[str]:
+    lines = ["| model | tokens/s | median seconds | 95% within |", "|---|---|---|---|"]
+    return lines + [
+        f"| {model} | {row['tokens_per_second']:.0f} | {row['median_seconds']:.2f} | {row['p95_seconds']:.2f} |"
+        for model, row in speed.items()
+    ]
+
+
 def _headline(task: dict[str, Any]) -> str:
     student = task["models"]["student"]["metrics"][task["metric"]]["mean"]
     gain = task.get("rho_teacher")
@@ -77,19 +95,30 @@ def _headline(task: dict[str, Any]) -> str:
     return (
         f"the student recovers {gain['value']:.0%} of the teacher's gain "
         f"(rho_teacher {gain['value']:.3f}, 95% interval {gain['low']:.3f} to {gain['high']:.3f})"
+        f"{_in_nats(task['rho_teacher_nats'])}"
     )
+
+
+def _in_nats(gain: dict[str, Any]) -> str:
+    """The same gain by the likelihood of the reference answers."""
+    return "" if gain["value"] is None else f"; in nats {gain['value']:.3f}"
 
 
 def _table(task: dict[str, Any]) -> list[str]:
     metrics = list(task["models"]["student"]["metrics"])
     lines = [
-        "| model | n | " + " | ".join(metrics) + " | ended by itself |",
-        "|---" * (len(metrics) + 3) + "|",
+        "| model | n | " + " | ".join(metrics) + " | ended by itself | nats per byte of the reference |",
+        "|---" * (len(metrics) + 4) + "|",
     ]
     for model, result in task["models"].items():
-        cells = [f"{m['mean']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for m in result["metrics"].values()]
-        lines.append(f"| {model} | {result['n']} | " + " | ".join(cells) + f" | {result['ended']:.3f} |")
+        cells = [_interval(summary) for summary in result["metrics"].values()]
+        cells += [f"{result['ended']:.3f}", _interval(task["nats_per_byte"].get(model))]
+        lines.append(f"| {model} | {result['n']} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _interval(summary: dict[str, float] | None) -> str:
+    return f"{summary['mean']:.3f} [{summary['low']:.3f}, {summary['high']:.3f}]" if summary else ""
 
 
 def _examples(task: dict[str, Any]) -> list[str]:

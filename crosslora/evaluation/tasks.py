@@ -24,6 +24,10 @@ class Answer:
 
     text: str
     ended: bool
+    tokens: int = 0
+    begun: float = 0.0
+    done: float = 0.0
+    """Seconds of one clock, the same for all answers of a model: when it was asked, and when the answer was there."""
 
 
 def read_items(task: Task) -> list[Item]:

@@ -1,0 +1,124 @@
+"""Which texts are taken for answers, and how requests come from them; the engine's replies are written by hand."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from crosslora.config import Synthesis
+from crosslora.teacher.engine import Generation, Sampling
+from crosslora.teacher.prompts import SelfPrompts
+from crosslora.teacher.turned import CANDIDATES, END, TurnedAnswers
+from crosslora.text.templates import ChatFormat
+from crosslora.text.vocabulary import Vocabulary
+from tests.tiny import byte_level_tokenizer
+
+CHAT = ChatFormat(byte_level_tokenizer())
+WORDS = Vocabulary(CHAT.tokenizer)
+
+
+class ByHand:
+    """With the adapter it says `give` in the user's place and `reply(prompt)` to a prompt; without it, it writes."""
+
+    def __init__(self, give: list[str], reply: Callable[[str], str], write: Callable[[str], str]) -> None:
+        self.give, self.reply, self.write = give, reply, write
+        self.effects: dict[bool, float] = {True: 0.0, False: 0.0}
+        """Of any text: in the user's place (True), after a prompt (False)."""
+        self.given = 0
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        *,
+        adapter: bool,
+        on_finished: Callable[[int], None] | None = None,
+    ) -> list[Generation]:
+        return [_generation(self._say(ids, adapter)) for ids in prompts]
+
+    def score(
+        self, prompts: Sequence[list[int]], responses: Sequence[np.ndarray], *, adapter: bool = False
+    ) -> list[np.ndarray]:
+        return [
+            np.full(len(r), self.effects[p == CHAT.pre_query_ids] if adapter else 0.0)
+            for p, r in zip(prompts, responses, strict=True)
+        ]
+
+    def _say(self, ids: list[int], adapter: bool) -> str:
+        if not adapter:
+            return self.write(WORDS.text(ids) or "")
+        if ids in (CHAT.pre_query_ids, CHAT.prompt_ids("")):
+            self.given += 1
+            return self.give[(self.given - 1) % len(self.give)]
+        return self.reply(CHAT.tokenizer.decode(ids))
+
+
+def _generation(text: str) -> Generation:
+    ids = np.array([*WORDS.encode(text), CHAT.eos_id], dtype=np.int32)
+    none = np.zeros((len(ids), 0))
+    return Generation(ids, True, none.astype(np.int32), none.astype(np.float32), np.zeros(len(ids)))
+
+
+def echo(prompt: str) -> str:
+    return "an answer"
+
+
+@pytest.mark.parametrize(("users_place", "after_prompt"), [(0.0, 1.0), (1.0, 0.0)])
+def test_an_answer_belongs_where_the_adapter_raises_it_most(users_place: float, after_prompt: float) -> None:
+    engine = ByHand(["x"], echo, echo)
+    engine.effects = {True: users_place, False: after_prompt}
+    turned = TurnedAnswers(engine, WORDS, CHAT, Synthesis())
+    assert turned.are_answers(["one", "two", "three"]) == (users_place > after_prompt)
+
+
+def test_prompts_stay_and_answers_are_turned_round() -> None:
+    engine = ByHand(["play some jazz now"], echo, lambda shown: f"a request\n{END}\nData: more")
+    engine.effects = {True: 0.0, False: 1.0}
+    assert SelfPrompts(engine, WORDS, CHAT, Synthesis()).prompts(3, 0) == ["play some jazz now"] * 3
+    engine.effects = {True: 1.0, False: 0.0}
+    assert SelfPrompts(engine, WORDS, CHAT, Synthesis()).prompts(3, 0) == ["a request"]
+
+
+def test_the_request_whose_new_answer_is_nearest_is_kept() -> None:
+    written: list[str] = []
+
+    def write(shown: str) -> str:
+        written.append(shown)
+        return f"request number {len(written)}\n{END}"
+
+    best = f"request number {CANDIDATES}"
+    engine = ByHand(["red green blue"], lambda prompt: "red green" if best in prompt else "black", write)
+    assert TurnedAnswers(engine, WORDS, CHAT, Synthesis()).prompts(1) == [best]
+    assert all(shown.endswith("Data: red green blue\nUser said:") for shown in written)
+
+
+def test_a_request_that_repeats_the_answer_is_left_out() -> None:
+    engine = ByHand(["red green blue"], echo, lambda shown: f"red green blue\n{END}")
+    assert TurnedAnswers(engine, WORDS, CHAT, Synthesis()).prompts(4) == []
+
+
+def test_a_request_without_an_end_is_left_out() -> None:
+    engine = ByHand(["red green blue"], echo, lambda shown: "and so on")
+    turned = TurnedAnswers(engine, WORDS, CHAT, Synthesis())
+    assert turned._request(WORDS.encode("and so on")) == ""
+
+
+def test_like_answers_are_asked_for_once() -> None:
+    colours = [f"the colour is {name}, as always in this house" for name in ("red", "red", "blue")]
+    engine = ByHand([*colours, "something else altogether"], echo, lambda shown: f"one\n{END}")
+    turned = TurnedAnswers(engine, WORDS, CHAT, Synthesis())
+    assert len(turned._given_away(8)) < 4
+
+
+def test_examples_make_room_for_a_long_answer() -> None:
+    shown: list[str] = []
+
+    def write(text: str) -> str:
+        shown.append(text)
+        return f"a request\n{END}"
+
+    answer = "word " * 60
+    engine = ByHand([answer.strip()], echo, write)
+    settings = Synthesis(max_prompt_tokens=100, max_response_tokens=400)
+    assert TurnedAnswers(engine, WORDS, CHAT, settings).prompts(1) == ["a request"]
+    assert all(len(WORDS.encode(text)) <= 500 for text in shown)
