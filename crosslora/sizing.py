@@ -19,7 +19,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 LEARNED_BYTES = 4 * 5
 """Per learned number, float32: value, gradient, two moments, and the best values so far."""
 CONTEXT_BYTES = 1.5e9
-"""CUDA's context, kernels, NCCL's buffers; on CPU the libraries of a process."""
+"""CUDA's context, kernels, buffers of NCCL and DeepSpeed; on CPU the libraries of a process."""
 LONGEST_PLAIN_ATTENTION = 256
 """Up to here fitting on CPU leaves fused attention out: its backward pass takes several times as long as that of the
 plain products."""
