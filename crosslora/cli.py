@@ -142,12 +142,10 @@ def evaluate(
     items: Annotated[int | None, typer.Option(min=1, help="Most items of a task.  [default: all]")] = None,
     as_json: Json = False,
 ) -> None:
-    """Put standard benchmarks to the teacher, the target base and the student of a finished run."""
-    from crosslora.evaluation.harness import evaluate_run, find_benchmarks, show
+    """Put standard benchmarks to the teacher, the target base, the baselines and the student of a finished run."""
+    from crosslora.evaluation.harness import evaluate_run, show
 
-    results = evaluate_run(
-        run, find_benchmarks([name.strip() for name in tasks.split(",")], task_data, items)
-    )
+    results = evaluate_run(run, [name.strip() for name in tasks.split(",")], task_data, items)
     if as_json:
         _print_json(results)
     else:

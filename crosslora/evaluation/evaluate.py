@@ -50,7 +50,8 @@ def evaluate(
     pair = TokenizerPair.load(config.source, config.target)
     tasks = _tasks(config, stage.folder, corpus)
     with tempfile.TemporaryDirectory() as temporary:
-        folders = _adapters(config, adapter, pair, exported, Path(temporary))
+        student = exported.folder.sub(exported.name)
+        folders = adapter_folders(config, adapter, pair, student, Path(temporary))
         teacher = {TEACHER: folders.pop(TEACHER)}
         answers, nats = _ask(config, config.source, SOURCE_BASE, teacher, pair.teacher, tasks, [TEACHER])
         tasks = _with_teacher_references(tasks, answers)
@@ -102,10 +103,10 @@ def _with_teacher_references(
     return [(task, referenced(task, items)) for task, items in tasks]
 
 
-def _adapters(
-    config: Config, adapter: Adapter, pair: TokenizerPair, exported: Stage, folder: Path
+def adapter_folders(
+    config: Config, adapter: Adapter, pair: TokenizerPair, student: RunFolder, folder: Path
 ) -> dict[str, Path]:
-    """Local folders of teacher, baselines and student."""
+    """Local folders of teacher, baselines and student, below `folder`."""
     source_folder, target_folder = resolve(config.source), resolve(config.target)
     seed = config.evaluation.random_seed
     transfer = build_transfer(adapter, config.source, config.target, pair, seed)
@@ -114,7 +115,7 @@ def _adapters(
         factors = baseline(name, transfer, source_folder, target_folder, seed)
         write_adapter(folder / name, factors, config.target.base)
         folders[name] = folder / name
-    folders[STUDENT] = exported.folder.sub(exported.name).copy(folder / STUDENT)
+    folders[STUDENT] = student.copy(folder / STUDENT)
     write_adapter(folder / TEACHER, adapter.factors, config.source.base)  # in the form that every vLLM reads
     return {TEACHER: folder / TEACHER, **folders}
 

@@ -1,4 +1,4 @@
-"""Standard benchmarks: lm-evaluation-harness against the endpoints of a run's teacher, target base and student."""
+"""Standard benchmarks: lm-evaluation-harness against the endpoints of a run's teacher, target base, baselines, student."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from crosslora import cluster
-from crosslora.adapter import read_adapter, write_adapter
+from crosslora.adapter import read_adapter
 from crosslora.config import AdapterSource, Base, Config
 from crosslora.errors import UserError
-from crosslora.evaluation.evaluate import engine_settings
+from crosslora.evaluation.evaluate import adapter_folders, engine_settings
 from crosslora.evaluation.harness_tasks import local_tasks
 from crosslora.evaluation.metrics import bootstrap_interval, paired_difference, recovered_gain
 from crosslora.evaluation.results import SOURCE_BASE, STUDENT, TARGET_BASE, TEACHER
@@ -26,6 +26,7 @@ from crosslora.models import load_tokenizer, resolve
 from crosslora.progress import say
 from crosslora.run_folder import RunFolder
 from crosslora.serving import serve_models
+from crosslora.text.pair import TokenizerPair
 
 LONGEST = 2048
 """Tokens of a prompt and its answer; the harness cuts longer prompts on the left."""
@@ -67,10 +68,12 @@ def find_benchmarks(names: Sequence[str], task_data: Path | None, items: int | N
     return Benchmarks(names, names, items)
 
 
-def evaluate_run(place: str, benchmarks: Benchmarks) -> dict[str, dict[str, Any]]:
+def evaluate_run(
+    place: str, names: Sequence[str], task_data: Path | None, items: int | None
+) -> dict[str, dict[str, Any]]:
     """Results of every adapter of a finished run, which are also written to RUN/harness/NAME/results.json.
 
-    Raises UserError for a folder that holds no finished run.
+    Raises UserError for a folder that holds no finished run, besides what `find_benchmarks` raises.
     """
     folder = RunFolder.open(place)
     if not folder.exists("run.json"):
@@ -79,35 +82,45 @@ def evaluate_run(place: str, benchmarks: Benchmarks) -> dict[str, dict[str, Any]
     for source in config.adapters:
         if not folder.exists(f"export/{source.name}/manifest.json"):
             raise UserError(f"{place}: {source.name} is not exported; run `crosslora transfer` to its end")
+    benchmarks = find_benchmarks(names, task_data, items)
+    most = config.evaluation.baseline_items  # baselines hardly ever stop writing
+    fewer = find_benchmarks(names, task_data, min(items or most, most))
+    by_model = {STUDENT: benchmarks, TARGET_BASE: benchmarks, TEACHER: benchmarks}
+    by_model |= dict.fromkeys(config.evaluation.baselines, fewer)
     with cluster.session(config.cluster):
-        return {source.name: _evaluate(config, source, folder, benchmarks) for source in config.adapters}
+        return {source.name: _evaluate(config, source, folder, by_model) for source in config.adapters}
 
 
 def _evaluate(
-    config: Config, source: AdapterSource, folder: RunFolder, benchmarks: Benchmarks
+    config: Config, source: AdapterSource, folder: RunFolder, by_model: dict[str, Benchmarks]
 ) -> dict[str, Any]:
+    adapter, pair = read_adapter(source.path), TokenizerPair.load(config.source, config.target)
     with tempfile.TemporaryDirectory() as temporary:
-        teacher, student = Path(temporary) / TEACHER, Path(temporary) / STUDENT
-        write_adapter(teacher, read_adapter(source.path).factors, config.source.base)
-        folder.sub(f"export/{source.name}").copy(student)
-        scores = _scores(config, config.source, SOURCE_BASE, {TEACHER: teacher}, benchmarks)
-        scores |= _scores(config, config.target, TARGET_BASE, {STUDENT: student}, benchmarks)
-    by_task = {name: {model: given[name] for model, given in scores.items()} for name in benchmarks.names}
-    results = {"tasks": {name: _task_result(models) for name, models in by_task.items()}}
+        exported = folder.sub(f"export/{source.name}")
+        folders = adapter_folders(config, adapter, pair, exported, Path(temporary))
+        teacher = {TEACHER: folders.pop(TEACHER)}
+        scores = _scores(config, config.source, SOURCE_BASE, teacher, by_model)
+        scores |= _scores(config, config.target, TARGET_BASE, folders, by_model)
+    names = by_model[STUDENT].names
+    results = {
+        "tasks": {
+            name: _task_result({model: given[name] for model, given in scores.items()}) for name in names
+        }
+    }
     folder.write_json(f"harness/{source.name}/results.json", results)
     return results
 
 
 def _scores(
-    config: Config, base: Base, base_name: str, adapters: dict[str, Path], benchmarks: Benchmarks
+    config: Config, base: Base, base_name: str, adapters: dict[str, Path], by_model: dict[str, Benchmarks]
 ) -> dict[str, Scores]:
-    """Serve one base with its adapters, and put the benchmarks to all of them."""
+    """Serve one base with its adapters, and put to each of them its benchmarks."""
     folder = resolve(base)
     with serve_models(
         base, base_name, adapters, max_model_len=LONGEST, **engine_settings(config)
     ) as endpoint:
-        models = [model for model in endpoint.models if model != SOURCE_BASE]
-        return {model: ask_harness(endpoint.url, model, folder, benchmarks) for model in models}
+        models = [model for model in endpoint.models if model in by_model]
+        return {model: ask_harness(endpoint.url, model, folder, by_model[model]) for model in models}
 
 
 def ask_harness(url: str, model: str, tokenizer_folder: str, benchmarks: Benchmarks) -> Scores:
@@ -157,7 +170,10 @@ def _task_result(models: dict[str, tuple[str, np.ndarray]]) -> dict[str, Any]:
     return {
         "metric": metric,
         "n": len(values[STUDENT]),
-        "models": {model: {"metrics": {metric: _summary(scores)}} for model, scores in values.items()},
+        "models": {
+            model: {"n": len(scores), "metrics": {metric: _summary(scores)}}
+            for model, scores in values.items()
+        },
         "student_minus_base": dict(zip(("mean", "low", "high"), difference, strict=True)),
         "rho_teacher": asdict(recovered_gain(values[STUDENT], values[TARGET_BASE], values[TEACHER])),
     }
@@ -171,30 +187,20 @@ def _summary(scores: np.ndarray) -> dict[str, float]:
 
 def show(results: dict[str, dict[str, Any]]) -> None:
     """A table for people."""
-    table = Table(caption="mean and standard error; student - target base: paired difference, 95% interval")
-    for column in (
-        "adapter",
-        "task",
-        "metric",
-        "n",
-        TEACHER,
-        "target base",
-        STUDENT,
-        "student - target base",
-    ):
-        table.add_column(column, justify="left" if column in ("adapter", "task", "metric") else "right")
+    caption = "mean and standard error; student - target base: paired difference, 95% interval"
+    table = Table(caption=caption)
+    for column in ("adapter", "task", "model"):
+        table.add_column(column)
+    for column in ("n", "score", "student - target base"):
+        table.add_column(column, justify="right")
     for adapter, result in results.items():
         for name, task in result["tasks"].items():
-            scores = [
-                task["models"][model]["metrics"][task["metric"]] for model in (TEACHER, TARGET_BASE, STUDENT)
-            ]
-            difference = task["student_minus_base"]
-            table.add_row(
-                adapter,
-                name,
-                task["metric"],
-                str(task["n"]),
-                *(f"{score['mean']:.3f} ± {score['standard_error']:.3f}" for score in scores),
-                f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]",
-            )
+            for model, given in task["models"].items():
+                score, change = given["metrics"][task["metric"]], task["student_minus_base"]
+                difference = f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
+                table.add_row(
+                    *(adapter, f"{name} ({task['metric']})", model, str(given["n"])),
+                    f"{score['mean']:.3f} ± {score['standard_error']:.3f}",
+                    difference if model == STUDENT else "",
+                )
     Console(highlight=False).print(table)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from crosslora.errors import UserError
-from crosslora.evaluation.harness import Benchmarks, _headline, _task_result, evaluate_run, find_benchmarks
+from crosslora.evaluation.harness import _headline, _task_result, evaluate_run, find_benchmarks
 
 
 def test_a_task_that_the_harness_does_not_know_is_refused() -> None:
@@ -16,9 +16,8 @@ def test_a_task_that_the_harness_does_not_know_is_refused() -> None:
 
 
 def test_folders_without_a_finished_run_are_refused(tmp_path: Path) -> None:
-    benchmarks = Benchmarks(["mmlu"], ["mmlu"])
     with pytest.raises(UserError, match=r"holds no run\.json"):
-        evaluate_run(str(tmp_path), benchmarks)
+        evaluate_run(str(tmp_path), ["mmlu"], None, None)
     config = {
         "run": str(tmp_path),
         "source": {"base": "a/b"},
@@ -27,7 +26,7 @@ def test_folders_without_a_finished_run_are_refused(tmp_path: Path) -> None:
     }
     (tmp_path / "run.json").write_text(json.dumps({"config": config}))
     with pytest.raises(UserError, match="mine is not exported; run `crosslora transfer` to its end"):
-        evaluate_run(str(tmp_path), benchmarks)
+        evaluate_run(str(tmp_path), ["mmlu"], None, None)
 
 
 def test_a_group_is_all_its_tasks_under_the_first_filter() -> None:
