@@ -1,6 +1,6 @@
-"""How good a transfer is over random seeds; writes benchmarks/quality-NAME.json.
+"""How good whole runs are over random seeds, served and judged as users do; writes benchmarks/quality-NAME.json.
 
-    python benchmarks/quality.py examples/snips/demo.yaml --random-seeds 0 1 2
+    python benchmarks/whole_run.py examples/snips/demo.yaml --random-seeds 0 1 2
 
 Runs the configuration with each random seed (of synthesis, fit and evaluation alike) into runs/quality/NAME-SEED.
 Finished stages are kept, so the same command goes on after a stop. `low` and `high` of a mean are its 95% bootstrap

@@ -10,12 +10,12 @@ from typing import Any
 
 import crosslora
 from benchmarks.quality.answers import alone
-from benchmarks.quality.cells import BATCH, Cell
+from benchmarks.quality.cells import BATCH, WORK, Cell
 from benchmarks.quality.distil import PlainLora, distil
 from benchmarks.quality.tasks import Row
 from benchmarks.train_adapter import Recipe, conversations, mean_loss, save, train
 from crosslora.adapter import read_adapter, write_adapter
-from crosslora.config import Base
+from crosslora.config import Base, Config, Prompts
 from crosslora.evaluation.baselines import baseline
 from crosslora.models import load_format, resolve
 from crosslora.projection.build import Transfer, build_transfer
@@ -100,7 +100,25 @@ def _train_into(base: Base, rows: list[Row], recipe: Recipe, folder: Path, title
 
 def default(cell: Cell) -> Report:
     """The product: crosslora.transfer, up to the exported adapter."""
-    config, name = cell.config(), cell.task
+    return _transferred(cell, cell.config())
+
+
+def five_seeds(cell: Cell) -> Report:
+    """The product with five seed examples: prompts of training rows."""
+    examples = WORK / "data" / f"{cell.task}-five.jsonl"
+    examples.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"prompt": row["prompt"]}) for row in cell.rows[0][:5]]
+    examples.write_text("\n".join(lines) + "\n")
+    config = cell.config()
+    prompts = Prompts(self=0, seeds=1, seeds_file=examples)
+    synthesis = config.synthesis.model_copy(update={"prompts": prompts})
+    return _transferred(
+        cell, config.model_copy(update={"run": f"{config.run}-five-seeds", "synthesis": synthesis})
+    )
+
+
+def _transferred(cell: Cell, config: Config) -> Report:
+    name = cell.task
     crosslora.transfer(config, until="export")
     run = RunFolder.open(config.run)
     run.sub(f"export/{name}").copy(cell.folder)
@@ -189,6 +207,7 @@ METHODS: dict[str, Callable[[Cell], Report]] = {
     "target_base": target_base,
     "teacher": teacher,
     "default": default,
+    "five_seeds": five_seeds,
     "oracle": oracle,
     "plain_kl": plain_kl,
     "plain_ce": plain_ce,
