@@ -12,18 +12,19 @@ from benchmarks.quality.tasks import TASKS, BenchmarkTask, Row
 from crosslora.config import AdapterSource, Base, Config, Evaluation, Fit, Synthesis
 
 RESULTS = Path(__file__).parent / "results"
-WORK = Path("runs/quality")
+WORK = Path("runs/quality").resolve()  # workers may run in other folders
 CHAT_TAGS = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """SmolLM2's, without the system turn that its own template adds: its adapters are trained so."""
-SMOLLM2 = Base(base="models/SmolLM2-135M-Instruct", chat_template=CHAT_TAGS)
-GEMMA3 = Base(base="models/gemma-3-270m")
+MODELS = Path("models").resolve()
+SMOLLM2 = Base(base=str(MODELS / "SmolLM2-135M-Instruct"), chat_template=CHAT_TAGS)
+GEMMA3 = Base(base=str(MODELS / "gemma-3-270m"))
 DIRECTIONS = {"smollm2-gemma3": (SMOLLM2, GEMMA3), "gemma3-smollm2": (GEMMA3, SMOLLM2)}
 SHIPPED = {
-    ("smollm2-gemma3", "snips"): Path("examples/snips/adapter"),
-    ("gemma3-smollm2", "snips"): Path("examples/snips/gemma-adapter"),
+    ("smollm2-gemma3", "snips"): Path("examples/snips/adapter").resolve(),
+    ("gemma3-smollm2", "snips"): Path("examples/snips/gemma-adapter").resolve(),
 }
 """Source adapters that lie in the repository; the others are trained."""
 SYNTHESIS = {"samples": 1500, "prompt_temperature": 0.8, "max_response_tokens": 128}
