@@ -75,8 +75,8 @@ def nats(base: Base, adapter: Path | None, rows: Sequence[Row]) -> list[float]:
     spent = []
     for row, conversation in zip(rows, conversations(rows, load_format(folder, base)), strict=True):
         ids = torch.tensor(conversation.ids)
-        answer = slice(conversation.prompt - 1, -1)
-        logp = model(input_ids=ids[None]).logits[0, answer].float().log_softmax(-1)
+        kept = len(ids) - conversation.prompt + 1
+        logp = model(input_ids=ids[None], logits_to_keep=kept).logits[0, :-1].float().log_softmax(-1)
         total = -float(logp.gather(1, ids[conversation.prompt :, None]).sum())
         spent.append(total / (len(row["completion"].encode()) + 1))
     return spent

@@ -46,6 +46,8 @@ END = "###"
 """Between two examples."""
 TEMPERATURE = 0.7
 """Of the writer; at 1 a small one loses its way."""
+CLEARLY = -0.2
+"""Nats per token below which it is no accident that the adapter raises an answer less after its prompt."""
 SHOTS = 4
 SAME_SHOTS = 16
 """Answers in a row that are shown the same examples: an engine reads these once."""
@@ -81,7 +83,7 @@ class TurnedAnswers:
         answers = self._engine.generate(prompts, self._answering, adapter=True)
         ids = [answer.ids for answer in answers]
         own, users = self._effects(prompts, ids), self._effects([self._chat.pre_query_ids] * len(ids), ids)
-        return bool(np.median(own - users) < 0)
+        return bool(np.median(own - users) < CLEARLY)
 
     def prompts(self, count: int) -> list[str]:
         """At most `count` requests."""
