@@ -18,11 +18,17 @@ from crosslora.text.vocabulary import Vocabulary
 
 SHOTS = 5
 """Seed examples shown at a time."""
+TURNED = "turned"
+"""Mark of samples whose prompts were written for answers that the teacher gave away."""
 SEPARATOR = "\n\n"
 """Between two seed examples; what is written after the next one is cut off."""
 
 
 class Strategy(Protocol):
+    @property
+    def name(self) -> str:
+        """What its samples are marked with."""
+
     def prompts(self, count: int, shard: int) -> list[str]:
         """At most `count` prompts; fewer where the teacher wrote something that is no prompt."""
 
@@ -46,6 +52,10 @@ class SelfPrompts:
         self._gives_answers: bool | None = None
         """Whether the teacher writes answers in the user's place; seen at the first texts."""
 
+    @property
+    def name(self) -> str:
+        return TURNED if self._gives_answers else "self"
+
     def prompts(self, count: int, shard: int) -> list[str]:
         if self._gives_answers:
             return self._turned.prompts(count)
@@ -59,6 +69,8 @@ class SelfPrompts:
 
 class SeedPrompts:
     """The source base alone goes on after a few seed examples, each shown as a user turn."""
+
+    name = "seeds"
 
     def __init__(
         self, engine: Engine, words: Vocabulary, chat: ChatFormat, settings: Synthesis, seeds: list[str]
@@ -89,6 +101,8 @@ class SeedPrompts:
 
 class FilePrompts:
     """The user's unlabelled prompts as they are, in order, from the start again where there are too few."""
+
+    name = "file"
 
     def __init__(self, prompts: list[str], per_shard: int) -> None:
         """per_shard: how many a whole shard takes; the last shard may be smaller."""
@@ -123,23 +137,23 @@ def _prompt(line: str, place: str) -> str:
 
 def build_strategies(
     engine: Engine, words: Vocabulary, chat: ChatFormat, settings: Synthesis
-) -> list[tuple[float, str, Strategy]]:
-    """(share, name, strategy) of those with a weight above 0; the shares add up to 1."""
+) -> list[tuple[float, Strategy]]:
+    """(share, strategy) of those with a weight above 0; the shares add up to 1."""
     wanted: Prompts = settings.prompts
     total = wanted.self + wanted.seeds + wanted.file
-    chosen: list[tuple[float, str, Strategy]] = []
+    chosen: list[tuple[float, Strategy]] = []
     if wanted.self > 0:
-        chosen.append((wanted.self, "self", SelfPrompts(engine, words, chat, settings)))
+        chosen.append((wanted.self, SelfPrompts(engine, words, chat, settings)))
     if wanted.seeds > 0 and wanted.seeds_file:
         seeds = read_prompts(wanted.seeds_file, "seeds_file")
-        chosen.append((wanted.seeds, "seeds", SeedPrompts(engine, words, chat, settings, seeds)))
+        chosen.append((wanted.seeds, SeedPrompts(engine, words, chat, settings, seeds)))
     if wanted.file > 0 and wanted.prompts_file:
         prompts = read_prompts(wanted.prompts_file, "prompts_file")
         per_shard = counts(
             settings.shard_size, [wanted.self / total, wanted.seeds / total, wanted.file / total]
         )[-1]
-        chosen.append((wanted.file, "file", FilePrompts(prompts, per_shard)))
-    return [(weight / total, name, strategy) for weight, name, strategy in chosen]
+        chosen.append((wanted.file, FilePrompts(prompts, per_shard)))
+    return [(weight / total, strategy) for weight, strategy in chosen]
 
 
 def counts(total: int, shares: list[float]) -> list[int]:

@@ -18,7 +18,7 @@ from crosslora.progress import Meter, progress, say
 from crosslora.run_folder import Stage
 from crosslora.teacher.corpus import Sample, shard_exists, write_shard
 from crosslora.teacher.engine import Engine, Generation, Sampling, TransformersEngine, VllmEngine
-from crosslora.teacher.prompts import SHOTS, build_strategies, counts, read_prompts
+from crosslora.teacher.prompts import SHOTS, TURNED, build_strategies, counts, read_prompts
 from crosslora.text.templates import ChatFormat
 
 MOST_ENGINE_LOSSES = 3
@@ -47,12 +47,11 @@ class Teacher:
 
     def shard(self, index: int, size: int) -> list[Sample]:
         """Prompts, the teacher's answers, and the source base's opinion of these."""
-        shares = counts(size, [share for share, _, _ in self._strategies])
-        drawn = [
-            (name, prompt)
-            for count, (_, name, strategy) in zip(shares, self._strategies, strict=True)
-            for prompt in strategy.prompts(count, index)
-        ]
+        shares = counts(size, [share for share, _ in self._strategies])
+        drawn = []
+        for count, (_, strategy) in zip(shares, self._strategies, strict=True):
+            prompts = strategy.prompts(count, index)
+            drawn += [(strategy.name, prompt) for prompt in prompts]
         prompt_ids = [self._chat.prompt_ids(prompt) for _, prompt in drawn]
         answers = self._engine.generate(
             prompt_ids, self._answering(), adapter=True, on_finished=self._reporter(index)
@@ -179,6 +178,8 @@ class _Foreman:
         """Answers of each unfinished shard that the meter counts already."""
         self.losses = self.tokens = 0
         """Engines lost since the last shard; response tokens of all shards."""
+        self.told = False
+        """Whether it was said what the teacher writes in the user's place."""
         self.started: float | None = None
         """When the first engine was ready."""
         for _ in range(num_engines):
@@ -248,6 +249,9 @@ class _Foreman:
             self._replace(actor, f"on shard {index}", error)
             return
         write_shard(self.stage.folder, self.stage.name, index, samples)
+        if not self.told and any(sample.strategy == TURNED for sample in samples):
+            self.told = True
+            say("  the teacher writes answers in the user's place; prompts are written for these")
         self.losses = 0
         self.tokens += sum(len(sample.response_ids) for sample in samples)
         rate = self.rate()

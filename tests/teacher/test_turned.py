@@ -7,7 +7,7 @@ import pytest
 
 from crosslora.config import Synthesis
 from crosslora.teacher.engine import Generation, Sampling
-from crosslora.teacher.prompts import SelfPrompts
+from crosslora.teacher.prompts import TURNED, SelfPrompts
 from crosslora.teacher.turned import CANDIDATES, END, TurnedAnswers
 from crosslora.text.templates import ChatFormat
 from crosslora.text.vocabulary import Vocabulary
@@ -74,9 +74,11 @@ def test_an_answer_belongs_where_the_adapter_raises_it_most(users_place: float, 
 def test_prompts_stay_and_answers_are_turned_round() -> None:
     engine = ByHand(["play some jazz now"], echo, lambda shown: f"a request\n{END}\nData: more")
     engine.effects = {True: 0.0, False: 1.0}
-    assert SelfPrompts(engine, WORDS, CHAT, Synthesis()).prompts(3, 0) == ["play some jazz now"] * 3
+    strategy = SelfPrompts(engine, WORDS, CHAT, Synthesis())
+    assert strategy.prompts(3, 0) == ["play some jazz now"] * 3 and strategy.name == "self"
     engine.effects = {True: 1.0, False: 0.0}
-    assert SelfPrompts(engine, WORDS, CHAT, Synthesis()).prompts(3, 0) == ["a request"]
+    strategy = SelfPrompts(engine, WORDS, CHAT, Synthesis())
+    assert strategy.prompts(3, 0) == ["a request"] and strategy.name == TURNED
 
 
 def test_the_request_whose_new_answer_is_nearest_is_kept() -> None:
