@@ -132,7 +132,13 @@ def status(
 @app.command()
 def evaluate(
     run: Annotated[str, typer.Argument(help="Run folder: a path or URI.")],
-    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")] = "mmlu,gsm8k",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="With commas: tasks of lm-evaluation-harness, and files of prompts and completions as FILE.jsonl or "
+            "FILE.jsonl:METRIC (exact_match, f1, rouge_l, json_slots, json_field:NAME, regex:PATTERN)."
+        ),
+    ] = "mmlu,gsm8k",
     task_data: Annotated[
         Path | None,
         typer.Option(

@@ -132,13 +132,23 @@ class Fit(_Section):
     random_seed: int = Field(0, ge=0)
 
 
+PLAIN_METRICS = ("exact_match", "f1", "json_slots", "rouge_l")
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"regex:{pattern} is no regular expression ({error})") from error
+
+
 class Task(_Section):
     """Prompt/completion JSON lines that every model answers."""
 
     name: str
     path: Path
     metrics: list[str] = Field(["exact_match"], min_length=1)
-    """exact_match, json_slots, rouge_l, or json_field:NAME; the first is the headline."""
+    """exact_match, f1, json_slots, rouge_l, json_field:NAME or regex:PATTERN; the first is the headline."""
     items: int | None = Field(None, ge=1)
     """Use only the first so many rows."""
     max_tokens: int = Field(96, ge=1)
@@ -147,8 +157,13 @@ class Task(_Section):
     @classmethod
     def _known(cls, metrics: list[str]) -> list[str]:
         for metric in metrics:
-            if not re.fullmatch(r"exact_match|json_slots|rouge_l|json_field:.+", metric):
-                raise ValueError(f"{metric!r} is none of exact_match, json_slots, rouge_l, json_field:NAME")
+            name, _, argument = metric.partition(":")
+            if name not in ("json_field", "regex") if argument else metric not in PLAIN_METRICS:
+                raise ValueError(
+                    f"{metric!r} is none of {', '.join(PLAIN_METRICS)}, json_field:NAME, regex:PATTERN"
+                )
+            if name == "regex":
+                _check_pattern(argument)
         return metrics
 
 

@@ -157,13 +157,16 @@ def test_changed_inputs_are_refused_with_the_difference(config: Config, run: Pat
 @pytest.mark.slow
 def test_standard_benchmarks_of_a_run(run: Path, tmp_path: Path) -> None:
     write_benchmarks(tmp_path)
-    results = evaluate_run(str(run), ["mmlu", "gsm8k"], tmp_path, 4)
+    own = f"{ROOT}/examples/snips/test.jsonl:json_field:intent"
+    results = evaluate_run(str(run), ["mmlu", "gsm8k", own], tmp_path, 4)
     tasks = results["snips"]["tasks"]
     models = ["teacher", "target_base", "random", "crop", "closed_form", "student"]
     assert {name: (task["n"], list(task["models"])) for name, task in tasks.items()} == {
         "mmlu": (4, models),
         "gsm8k": (2, models),
+        "test": (4, models),
     }
+    assert tasks["test"]["models"]["teacher"]["metrics"]["json_field:intent"]["mean"] > 0.5
     assert json.loads((run / "harness/snips/results.json").read_text()) == results["snips"]
 
 

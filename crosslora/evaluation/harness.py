@@ -5,29 +5,34 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from crosslora import cluster
 from crosslora.adapter import read_adapter
-from crosslora.config import AdapterSource, Base, Config
+from crosslora.config import AdapterSource, Base, Config, Task
 from crosslora.errors import UserError
+from crosslora.evaluation.client import ask
 from crosslora.evaluation.evaluate import adapter_folders, engine_settings
 from crosslora.evaluation.harness_tasks import local_tasks
 from crosslora.evaluation.metrics import bootstrap_interval, paired_difference, recovered_gain
 from crosslora.evaluation.results import SOURCE_BASE, STUDENT, TARGET_BASE, TEACHER
+from crosslora.evaluation.tasks import read_items, score
 from crosslora.models import load_tokenizer, resolve
 from crosslora.progress import say
 from crosslora.run_folder import RunFolder
 from crosslora.serving import serve_models
 from crosslora.text.pair import TokenizerPair
+from crosslora.text.templates import ChatFormat
 
+FILE = ".jsonl"
 LONGEST = 2048
 """Tokens of a prompt and its answer; the harness cuts longer prompts on the left."""
 Scores = dict[str, tuple[str, np.ndarray]]
@@ -41,13 +46,35 @@ class Benchmarks:
     """What the harness is given for each name: the name, or the whole configuration with its data."""
     limit: int | None = None
     """Items of each task that the harness is to take; None where the data is cut already."""
+    own: Sequence[Task] = ()
+    """Prompt/completion files, asked as chats."""
 
 
 def find_benchmarks(names: Sequence[str], task_data: Path | None, items: int | None) -> Benchmarks:
-    """With `task_data` the data comes from that folder (see harness_tasks), without it from the hub.
+    """Tasks of the harness by name, and FILE.jsonl or FILE.jsonl:METRIC.
 
+    With `task_data` the data of named tasks comes from that folder (see harness_tasks), without it from the hub.
     Raises UserError for tasks that are not known, unusable data, and where the harness is not installed.
     """
+    own = [_own_task(name, items) for name in names if FILE in name]
+    named = [name for name in names if FILE not in name]
+    if not named:
+        return Benchmarks([], [], own=own)
+    return replace(_of_harness(named, task_data, items), own=own)
+
+
+def _own_task(text: str, items: int | None) -> Task:
+    file, _, metric = text.partition(f"{FILE}:")
+    path = Path(file.removesuffix(FILE) + FILE)
+    try:
+        task = Task(name=path.stem, path=path, metrics=[metric or "exact_match"], items=items)
+    except ValidationError as error:
+        raise UserError(f"--tasks {text}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    read_items(task)
+    return task
+
+
+def _of_harness(names: Sequence[str], task_data: Path | None, items: int | None) -> Benchmarks:
     if find_spec("lm_eval") is None:
         raise UserError("lm-evaluation-harness is not installed; `pip install 'crosslora[harness]'`")
     if task_data is not None:
@@ -99,32 +126,51 @@ def _evaluate(
         exported = folder.sub(f"export/{source.name}")
         folders = adapter_folders(config, adapter, pair, exported, Path(temporary))
         teacher = {TEACHER: folders.pop(TEACHER)}
-        scores = _scores(config, config.source, SOURCE_BASE, teacher, by_model)
-        scores |= _scores(config, config.target, TARGET_BASE, folders, by_model)
-    names = by_model[STUDENT].names
-    results = {
-        "tasks": {
-            name: _task_result({model: given[name] for model, given in scores.items()}) for name in names
-        }
-    }
+        scores = _scores(config, config.source, SOURCE_BASE, teacher, by_model, pair.teacher)
+        scores |= _scores(config, config.target, TARGET_BASE, folders, by_model, pair.student)
+    by_task = {name: {model: given[name] for model, given in scores.items()} for name in scores[STUDENT]}
+    results = {"tasks": {name: _task_result(models) for name, models in by_task.items()}}
     folder.write_json(f"harness/{source.name}/results.json", results)
     return results
 
 
 def _scores(
-    config: Config, base: Base, base_name: str, adapters: dict[str, Path], by_model: dict[str, Benchmarks]
+    config: Config,
+    base: Base,
+    base_name: str,
+    adapters: dict[str, Path],
+    by_model: dict[str, Benchmarks],
+    chat: ChatFormat,
 ) -> dict[str, Scores]:
     """Serve one base with its adapters, and put to each of them its benchmarks."""
-    folder = resolve(base)
+    folder, concurrency = resolve(base), config.evaluation.concurrency
     with serve_models(
         base, base_name, adapters, max_model_len=LONGEST, **engine_settings(config)
     ) as endpoint:
-        models = [model for model in endpoint.models if model in by_model]
-        return {model: ask_harness(endpoint.url, model, folder, by_model[model]) for model in models}
+        return {
+            model: {
+                **ask_harness(endpoint.url, model, folder, by_model[model]),
+                **{
+                    task.name: _ask(endpoint.url, model, task, chat, concurrency)
+                    for task in by_model[model].own
+                },
+            }
+            for model in endpoint.models
+            if model in by_model
+        }
+
+
+def _ask(url: str, model: str, task: Task, chat: ChatFormat, concurrency: int) -> tuple[str, np.ndarray]:
+    items = read_items(task)
+    answers = ask(url, model, items, chat, task.max_tokens, concurrency)
+    return task.metrics[0], score(task.metrics[0], answers, items)
 
 
 def ask_harness(url: str, model: str, tokenizer_folder: str, benchmarks: Benchmarks) -> Scores:
-    """Put the benchmarks to one model of an OpenAI-compatible endpoint; OPENAI_API_KEY is its key, if it wants one."""
+    """Put the harness's benchmarks to one model of an OpenAI-compatible endpoint; OPENAI_API_KEY is its key, if it wants
+    one."""
+    if not benchmarks.names:
+        return {}
     import lm_eval
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

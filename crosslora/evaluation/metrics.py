@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -71,15 +72,43 @@ def _flatten(key: str, value: Any) -> Iterator[tuple[str, str]]:
         yield key, (value if isinstance(value, str) else json.dumps(value)).lower()
 
 
+def f1(pred: str, ref: str) -> float:
+    """F1 of the words that both texts have, each as often as both have it; lower-cased (SQuAD, Rajpurkar et al. 2016,
+    which also drops articles)."""
+    predicted, wanted = (Counter(_words(text)) for text in (pred, ref))
+    common = (predicted & wanted).total()
+    return 2 * common / (predicted.total() + wanted.total()) if common else 0.0
+
+
+def regex(pred: str, ref: str, pattern: str) -> float:
+    """1 where the last match in both texts is the same: its first group, or all of it where there is none.
+
+    Raises UserError where the reference has no match.
+    """
+    wanted = _last_match(pattern, ref)
+    if wanted is None:
+        raise UserError(f"reference {ref[:80]!r}: has no match for {pattern!r}; mend the pattern or the line")
+    return float(_last_match(pattern, pred) == wanted)
+
+
+def _last_match(pattern: str, text: str) -> str | None:
+    matches = list(re.finditer(pattern, text))
+    return None if not matches else matches[-1][1 if matches[-1].re.groups else 0]
+
+
 def rouge_l(pred: str, ref: str) -> float:
     """F1 of the longest common subsequence of words (Lin 2004), lower-cased and not stemmed.
 
     Words hold letters of any alphabet. On ASCII text it equals the package rouge_score, which drops all others.
     """
-    predicted, wanted = (re.findall(r"[^\W_]+", text.lower()) for text in (pred, ref))
+    predicted, wanted = _words(pred), _words(ref)
     if not predicted or not wanted:
         return 0.0
     return 2 * _common_subsequence(predicted, wanted) / (len(predicted) + len(wanted))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.lower())
 
 
 def _common_subsequence(a: list[str], b: list[str]) -> int:

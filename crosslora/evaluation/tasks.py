@@ -9,7 +9,7 @@ import numpy as np
 
 from crosslora.config import Task
 from crosslora.errors import UserError
-from crosslora.evaluation.metrics import exact_match, json_field, json_slots, rouge_l
+from crosslora.evaluation.metrics import exact_match, f1, json_field, json_slots, regex, rouge_l
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ def score(metric: str, answers: list[Answer], items: list[Item]) -> np.ndarray:
 
 
 def _one(metric: str, text: str, reference: str) -> float:
-    if metric.startswith("json_field:"):
-        return json_field(text, reference, metric.removeprefix("json_field:"))
-    return {"exact_match": exact_match, "json_slots": json_slots, "rouge_l": rouge_l}[metric](text, reference)
+    name, _, argument = metric.partition(":")
+    if argument:
+        return {"json_field": json_field, "regex": regex}[name](text, reference, argument)
+    plain = {"exact_match": exact_match, "f1": f1, "json_slots": json_slots, "rouge_l": rouge_l}
+    return plain[name](text, reference)

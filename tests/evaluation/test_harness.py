@@ -15,6 +15,19 @@ def test_a_task_that_the_harness_does_not_know_is_refused() -> None:
         find_benchmarks(["gsm8k", "mmlou"], None, None)
 
 
+def test_files_of_prompts_are_tasks(tmp_path: Path) -> None:
+    file = tmp_path / "check.jsonl"
+    file.write_text('{"prompt": "p", "completion": "{}"}\n' * 3)
+    (task,) = find_benchmarks([f"{file}:json_field:a:b"], None, 2).own
+    assert (task.name, task.path, task.metrics, task.items) == ("check", file, ["json_field:a:b"], 2)
+    (task,) = find_benchmarks([str(file)], None, None).own
+    assert task.metrics == ["exact_match"]
+    with pytest.raises(UserError, match=r"--tasks .*check\.jsonl:bleu: 'bleu' is none of exact_match, f1"):
+        find_benchmarks([f"{file}:bleu"], None, None)
+    with pytest.raises(UserError, match="cannot be read"):
+        find_benchmarks([str(tmp_path / "none.jsonl")], None, None)
+
+
 def test_folders_without_a_finished_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no run\.json"):
         evaluate_run(str(tmp_path), ["mmlu"], None, None)

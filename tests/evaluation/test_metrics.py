@@ -10,10 +10,12 @@ from crosslora.errors import UserError
 from crosslora.evaluation.metrics import (
     bootstrap_interval,
     exact_match,
+    f1,
     json_field,
     json_slots,
     paired_difference,
     recovered_gain,
+    regex,
     rouge_l,
 )
 
@@ -84,6 +86,21 @@ def test_a_reference_that_is_no_json_object_is_refused(ref: str) -> None:
     for score in (lambda: json_slots("{}", ref), lambda: json_field("{}", ref, "intent")):
         with pytest.raises(UserError, match="not a JSON object; use"):
             score()
+
+
+def test_f1_counts_words_in_any_order_as_often_as_both_have_them() -> None:
+    assert f1("killed police, the gunman", "police killed the gunman") == 1.0
+    assert f1("the the the", "the end") == pytest.approx(2 * 1 / 5)
+    assert f1("", "a") == f1("a", "") == f1("b", "a") == 0.0
+
+
+def test_regex_compares_the_last_match() -> None:
+    assert regex("so 3 and 4: #### 12", "#### 12", r"#### (\d+)") == 1.0
+    assert regex("#### 12 #### 13", "#### 12", r"#### (\d+)") == 0.0
+    assert regex("it is B", "B", "[A-D]") == 1.0
+    assert regex("none", "B", "[A-D]") == 0.0
+    with pytest.raises(UserError, match="has no match"):
+        regex("B", "none", "[A-D]")
 
 
 def test_rouge_l_of_a_known_pair() -> None:
