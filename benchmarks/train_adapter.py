@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 from crosslora.config import Base
 from crosslora.models import load_format, load_model, resolve
 from crosslora.progress import progress
+from crosslora.projection.student import logits_of
 from crosslora.text.templates import ChatFormat
 from crosslora.training.loop import use_plain_attention
 
@@ -94,8 +95,7 @@ def loss_of(model: torch.nn.Module, batch: Sequence[Conversation], completions_o
     base = model.get_base_model()  # type: ignore[operator]
     hidden = base.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1]
     counts = labels_BT != IGNORED
-    logits = base.get_output_embeddings()(hidden[counts])
-    return cross_entropy(logits.float(), labels_BT[counts])
+    return cross_entropy(logits_of(base, hidden[counts]).float(), labels_BT[counts])
 
 
 def _labels(conversation: Conversation, completions_only: bool) -> list[int]:

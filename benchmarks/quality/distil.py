@@ -3,6 +3,8 @@ another loss. One process, on the CPU."""
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 import time
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 
 from crosslora.adapter import LoraFactors, read_adapter
-from crosslora.config import Config
+from crosslora.config import Config, Fit
 from crosslora.models import load_model, resolve
 from crosslora.progress import progress
 from crosslora.projection.build import Transfer, build_transfer
@@ -23,9 +25,9 @@ from crosslora.projection.student import Student
 from crosslora.run_folder import RunFolder
 from crosslora.teacher.corpus import read_corpus
 from crosslora.text.pair import TokenizerPair
-from crosslora.training.batches import Example, batch_indices, build_examples, collate
-from crosslora.training.loop import GRADIENT_NORM, learning_rate, use_plain_attention
-from crosslora.training.losses import summed_loss
+from crosslora.training.batches import Batch, Example, batch_indices, build_examples, collate
+from crosslora.training.loop import EVALUATION_BATCH, GRADIENT_NORM, learning_rate, use_plain_attention
+from crosslora.training.losses import losses_of, summed_loss
 
 
 class PlainLora(nn.Module):
@@ -51,31 +53,33 @@ class PlainLora(nn.Module):
 class Distilled:
     factors: dict[str, LoraFactors]
     minutes: float
-    """Of the steps alone."""
+    """Of the steps and the looks at the held-out samples."""
     tokens_per_second: float
+    best_step: int
 
 
 def distil(
-    config: Config, corpus: tuple[str, str], build: Callable[[Transfer], Any], cross_entropy: bool
+    config: Config, corpus: tuple[str, str], build: Callable[[Transfer, int], Any], cross_entropy: bool
 ) -> Distilled:
-    """Fit what `build` makes; with cross_entropy, to the teacher's text alone."""
+    """Fit what `build` makes; with cross_entropy, to the teacher's text alone. The best look at the held-out samples is
+    kept, as a fit keeps it."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     pair = TokenizerPair.load(config.source, config.target)
-    train, _ = read_corpus(RunFolder.open(config.run), *corpus)
-    examples = build_examples(train, pair, config.fit.max_tokens)
+    samples = read_corpus(RunFolder.open(config.run), *corpus)
+    train, held_out = (build_examples(part, pair, config.fit.max_tokens) for part in samples)
     if cross_entropy:
-        examples = [_text_alone(example) for example in examples]
-    use_plain_attention(examples)
-    transfer = build_transfer(
-        read_adapter(config.adapters[0].path), config.source, config.target, pair, config.fit.random_seed
-    )
-    module = build(transfer)
+        train, held_out = ([_text_alone(example) for example in part] for part in (train, held_out))
+    use_plain_attention([*train, *held_out])
+    seed = config.fit.random_seed
+    adapter = read_adapter(config.adapters[0].path)
+    module = build(build_transfer(adapter, config.source, config.target, pair, seed), seed)
     student = Student(load_model(resolve(config.target), config.fit.dtype), module)
-    started, tokens = time.monotonic(), _train(student, module, examples, config)
+    started = time.monotonic()
+    tokens, best_step = _train(student, module, train, held_out, config.fit)
     seconds = time.monotonic() - started
     with torch.no_grad():
         factors = {path: LoraFactors(A.contiguous(), B.contiguous()) for path, (A, B) in module().items()}
-    return Distilled(factors, seconds / 60, tokens / seconds)
+    return Distilled(factors, seconds / 60, tokens / seconds, best_step)
 
 
 def _text_alone(example: Example) -> Example:
@@ -83,25 +87,45 @@ def _text_alone(example: Example) -> Example:
     return replace(example, targets=replace(targets, strict=targets.strict & False))
 
 
-def _train(student: Student, module: nn.Module, examples: list[Example], config: Config) -> int:
-    """Every step as crosslora.training.loop takes it; returns the tokens that went in."""
-    fit, tokens = config.fit, 0
+def _train(
+    student: Student, module: nn.Module, train: list[Example], held_out: list[Example], fit: Fit
+) -> tuple[int, int]:
+    """Every step as crosslora.training.loop takes it; returns the tokens that went in, and the best step."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=fit.learning_rate, weight_decay=0.0)
-    vocabulary = student.base.get_output_embeddings().weight.shape[0]
+    best = (math.inf, 0, copy.deepcopy(module.state_dict()))
+    tokens = 0
     with progress("distil", fit.steps, "steps") as meter:
         for step, indices in enumerate(
-            islice(batch_indices(examples, fit.batch_size, fit.random_seed), fit.steps)
+            islice(batch_indices(train, fit.batch_size, fit.random_seed), fit.steps), 1
         ):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(fit, step)
-            batch = collate([examples[i] for i in indices])
-            hidden = student(batch.ids).flatten(0, 1)[batch.positions]
-            loss = summed_loss(hidden, batch.rows, student.logits, vocabulary) / len(batch.rows)
+                group["lr"] = learning_rate(fit, step - 1)
+            batch = collate([train[i] for i in indices])
+            loss = _loss(student, batch, summed_loss) / len(batch.rows)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
             optimizer.step()
             optimizer.zero_grad()
-            tokens += sum(examples[i].length for i in indices)
+            tokens += sum(train[i].length for i in indices)
             meter.advance(1, f"loss {float(loss.detach()):.3f}")
-    return tokens
+            if step % fit.evaluate_every == 0 or step == fit.steps:
+                held_out_loss = _held_out_loss(student, held_out)
+                if held_out_loss < best[0]:
+                    best = held_out_loss, step, copy.deepcopy(module.state_dict())
+    module.load_state_dict(best[2])
+    return tokens, best[1]
+
+
+def _loss(student: Student, batch: Batch, loss: Callable[..., torch.Tensor]) -> torch.Tensor:
+    hidden = student(batch.ids).flatten(0, 1)[batch.positions]
+    vocabulary = student.base.get_output_embeddings().weight.shape[0]
+    return loss(hidden, batch.rows, student.logits, vocabulary)
+
+
+@torch.no_grad()
+def _held_out_loss(student: Student, held_out: list[Example]) -> float:
+    """Mean over all their rows, nats."""
+    ordered = sorted(held_out, key=lambda example: example.length)
+    parts = [ordered[start : start + EVALUATION_BATCH] for start in range(0, len(ordered), EVALUATION_BATCH)]
+    return float(torch.cat([_loss(student, collate(part), losses_of) for part in parts]).mean())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,7 @@ def _transferred(cell: Cell, config: Config) -> Report:
     name = cell.task
     crosslora.transfer(config, until="export")
     run = RunFolder.open(config.run)
+    shutil.rmtree(cell.folder, ignore_errors=True)  # of a cell that was stopped while it was scored
     run.sub(f"export/{name}").copy(cell.folder)
     fitted, filtered = (run.read_json(f"{stage}/{name}/manifest.json") for stage in ("fit", "filter"))
     return {
@@ -155,6 +157,7 @@ def corpus_stages(cell: Cell) -> tuple[str, str]:
 
 
 def plain_kl(cell: Cell) -> Report:
+    """With the learning rate of the projection, which was not tuned for it."""
     return _distilled(cell, _plain, False)
 
 
@@ -172,24 +175,28 @@ def full_projection(cell: Cell) -> Report:
     return _distilled(cell, _full_projection, False)
 
 
-def _plain(transfer: Transfer) -> PlainLora:
-    return PlainLora(transfer, random_seed=0)
+def _plain(transfer: Transfer, random_seed: int) -> PlainLora:
+    return PlainLora(transfer, random_seed)
 
 
-def _projection_only(transfer: Transfer) -> Any:
+def _projection_only(transfer: Transfer, random_seed: int) -> Any:
     return transfer.projection(residual=False)
 
 
-def _full_projection(transfer: Transfer) -> Any:
+def _full_projection(transfer: Transfer, random_seed: int) -> Any:
     return transfer.projection(residual=False, full=True)
 
 
-def _distilled(cell: Cell, build: Callable[[Transfer], Any], cross_entropy: bool) -> Report:
+def _distilled(cell: Cell, build: Callable[[Transfer, int], Any], cross_entropy: bool) -> Report:
     config = cell.config()
     crosslora.transfer(config, until="filter")
     made = alone(distil, config, corpus_stages(cell), build, cross_entropy)
     write_adapter(cell.folder, made.factors, config.target.base)
-    return {"minutes": made.minutes, "tokens_per_second": made.tokens_per_second}
+    return {
+        "minutes": made.minutes,
+        "tokens_per_second": made.tokens_per_second,
+        "best_step": made.best_step,
+    }
 
 
 def untrained(cell: Cell) -> Report:

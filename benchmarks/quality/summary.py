@@ -14,6 +14,7 @@ from benchmarks.quality.tasks import TASKS
 
 HERE = Path(__file__).parent
 RESAMPLES = 2000
+SAME_CORPUS = ("default", "plain_kl", "plain_ce", "projection_only", "full_projection")
 Scores = list[np.ndarray]
 """Scores of each random seed, [n] each."""
 
@@ -38,11 +39,13 @@ def _rows(direction: str, task: str, metric: str) -> list[dict[str, Any]]:
         for method in METHODS
     }
     scores = {method: values for method, values in scores.items() if values}
+    sizes = {len(values) for by_seed in scores.values() for values in by_seed}
+    assert len(sizes) <= 1, f"{direction}/{task}: cells of {sizes} items; make the older ones again"
     return [_row(direction, task, metric, method, scores) for method in scores]
 
 
 def _row(direction: str, task: str, metric: str, method: str, scores: dict[str, Scores]) -> dict[str, Any]:
-    draws = {name: _means(values) for name, values in scores.items()}
+    draws = {name: _means(name, values) for name, values in scores.items()}
     row = {
         "direction": direction,
         "task": task,
@@ -72,9 +75,11 @@ def _rho(
     return {"value": float(value), "interval": np.quantile(ratios, [0.025, 0.975]).tolist()}
 
 
-def _means(seeds: Scores) -> np.ndarray:
-    """Bootstrap means [RESAMPLES] over items and random seeds together; the same items for every method."""
-    items, chooser = np.random.default_rng(0), np.random.default_rng(1)
+def _means(method: str, seeds: Scores) -> np.ndarray:
+    """Bootstrap means [RESAMPLES] over items and random seeds together: the same items for every method, and the same
+    random seeds for those that share a corpus. With one random seed it is over items alone."""
+    stream = "default" if method in SAME_CORPUS else method
+    items, chooser = np.random.default_rng(0), np.random.default_rng([1, list(METHODS).index(stream)])
     stacked = np.stack(seeds)  # [seeds, n]
     count, n = stacked.shape
     means = np.empty(RESAMPLES)

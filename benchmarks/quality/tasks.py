@@ -53,7 +53,9 @@ def facts() -> tuple[list[Row], list[Row]]:
     """Facts cannot be guessed: the test asks for those of the training rows in words that were not used for them."""
     rows = made.facts(random.Random(2))
     test = rows[:: made.PHRASINGS]
-    return [row for row in rows if row not in test], test
+    train = [row for row in rows if row not in test]
+    random.Random(3).shuffle(train)
+    return train, test
 
 
 def packed(name: str) -> list[Row]:

@@ -31,7 +31,7 @@ def ask(
 
 def connect(url: str) -> AsyncOpenAI:
     """A client that tries again: a replica that is lost takes its requests with it, and Ray Serve brings another."""
-    key = os.environ.get("OPENAI_API_KEY", "none")
+    key = os.environ.get("OPENAI_API_KEY") or "none"
     return AsyncOpenAI(base_url=url, api_key=key, timeout=600, max_retries=8)
 
 

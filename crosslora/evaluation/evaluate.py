@@ -164,7 +164,8 @@ def _ask(
 def _nats(
     url: str, model: str, tasks: list[tuple[Task, list[Item]]], chat: ChatFormat, concurrency: int
 ) -> dict[str, np.ndarray]:
-    known = [(task, items) for task, items in tasks if any(item.reference for item in items)]
+    # the teacher gives the held-out prompts their references
+    known = [(task, items) for task, items in tasks if not (task.name == HELD_OUT and model == TEACHER)]
     nats = {task.name: reference_nats(url, model, items, chat, concurrency) for task, items in known}
     return nats | {PLAIN_TEXT: text_nats(url, model, chat, concurrency)}
 

@@ -58,6 +58,9 @@ def find_benchmarks(names: Sequence[str], task_data: Path | None, items: int | N
     """
     own = [_own_task(name, items) for name in names if FILE in name]
     named = [name for name in names if FILE not in name]
+    all_names = [*named, *(task.name for task in own)]
+    if twice := next((name for name in all_names if all_names.count(name) > 1), None):
+        raise UserError(f"--tasks: two tasks are named {twice!r}; rename a file, or ask twice")
     if not named:
         return Benchmarks([], [], own=own)
     return replace(_of_harness(named, task_data, items), own=own)
@@ -70,8 +73,8 @@ def _own_task(text: str, items: int | None) -> Task:
         task = Task(name=path.stem, path=path, metrics=[metric or "exact_match"], items=items)
     except ValidationError as error:
         raise UserError(f"--tasks {text}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
-    read_items(task)
-    return task
+    longest = max(len(item.reference.encode()) for item in read_items(task))
+    return task.model_copy(update={"max_tokens": min(max(task.max_tokens, longest // 2), LONGEST // 4)})
 
 
 def _of_harness(names: Sequence[str], task_data: Path | None, items: int | None) -> Benchmarks:
@@ -144,8 +147,18 @@ def _scores(
 ) -> dict[str, Scores]:
     """Serve one base with its adapters, and put to each of them its benchmarks."""
     folder, concurrency = resolve(base), config.evaluation.concurrency
+    own = by_model[STUDENT].own
+    longest = max(
+        LONGEST,
+        *(
+            len(chat.prompt_ids(item.prompt)) + task.max_tokens + 8
+            for task in own
+            for item in read_items(task)
+        ),
+        1,
+    )
     with serve_models(
-        base, base_name, adapters, max_model_len=LONGEST, **engine_settings(config)
+        base, base_name, adapters, max_model_len=longest, **engine_settings(config)
     ) as endpoint:
         return {
             model: {

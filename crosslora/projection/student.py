@@ -51,15 +51,18 @@ class Student(nn.Module):
         return hidden
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Logits [N, vocabulary] of hidden states [N, hidden], as the base's own forward computes them."""
-        head = self.base.get_output_embeddings()
-        logits: torch.Tensor = head(hidden_ND)
-        config = self.base.config.get_text_config()
-        scale = getattr(config, "logit_scale", None)
-        if scale is not None:
-            logits = logits * scale
-        divisor = getattr(config, "logits_scaling", None)
-        if divisor is not None:
-            logits = logits / divisor
-        cap = getattr(config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return logits_of(self.base, hidden_ND)
+
+
+def logits_of(base: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:
+    """Logits [N, vocabulary] of hidden states [N, hidden], as the base's own forward computes them."""
+    logits: torch.Tensor = base.get_output_embeddings()(hidden_ND)
+    config = base.config.get_text_config()
+    scale = getattr(config, "logit_scale", None)
+    if scale is not None:
+        logits = logits * scale
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is not None:
+        logits = logits / divisor
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap

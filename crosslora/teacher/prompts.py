@@ -50,21 +50,19 @@ class SelfPrompts:
         self._sampling = _prompt_sampling(chat, settings)
         self._turned = TurnedAnswers(engine, words, chat, settings)
         self._gives_answers: bool | None = None
-        """Whether the teacher writes answers in the user's place; seen at the first texts."""
+        """Whether the teacher writes answers in the user's place; None before it was tried."""
 
     @property
     def name(self) -> str:
         return TURNED if self._gives_answers else "self"
 
     def prompts(self, count: int, shard: int) -> list[str]:
+        if self._gives_answers is None:
+            self._gives_answers = self._turned.are_answers()
         if self._gives_answers:
             return self._turned.prompts(count)
         generations = self._engine.generate([self._chat.pre_query_ids] * count, self._sampling, adapter=True)
-        texts = _texts(generations, self._words, self._chat)
-        if self._gives_answers is None and texts:
-            self._gives_answers = self._turned.are_answers(texts)
-            return self.prompts(count, shard) if self._gives_answers else texts
-        return texts
+        return _texts(generations, self._words, self._chat)
 
 
 class SeedPrompts:

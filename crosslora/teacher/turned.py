@@ -7,9 +7,9 @@ tells which is the best.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, cycle, islice
 
 import numpy as np
 
@@ -53,10 +53,11 @@ SAME_SHOTS = 16
 """Answers in a row that are shown the same examples: an engine reads these once."""
 PROBES = 64
 """Texts by which it is decided what the teacher writes in the user's place."""
+LEAST_PROBES = 8
 MOST_ALIKE = 0.7
 """Similarity of two answers above which one of them is left out: a teacher repeats what is likeliest."""
 CANDIDATES = 2
-"""Requests written for an answer; the best is kept."""
+"""Requests written for every one that is kept."""
 MOST_COPIED = 0.8
 """Overlap with the answer above which a request only repeats it."""
 
@@ -69,38 +70,49 @@ class TurnedAnswers:
         marks = {i for i, raw in enumerate(words.token_bytes) if raw is not None and END.encode() in raw}
         self._writing = Sampling(TEMPERATURE, settings.max_prompt_tokens, chat.stop_ids | marks, top_k=0)
         self._giving = Sampling(1.0, settings.max_response_tokens, chat.user_stop_ids, top_k=0)
+        self._probing = Sampling(0.0, settings.max_prompt_tokens, chat.stop_ids, top_k=0)
         self._answering = Sampling(0.0, settings.max_response_tokens, chat.stop_ids, top_k=0)
         self._room = settings.max_prompt_tokens + settings.max_response_tokens
         self._chooser = random.Random(settings.random_seed)
 
-    def are_answers(self, texts: Sequence[str]) -> bool:
-        """Whether what the teacher wrote in the user's place are answers, not prompts.
+    def are_answers(self) -> bool:
+        """Whether what the teacher writes in the user's place are answers, not prompts.
 
         The teacher's answer to a prompt belongs after it: there the adapter raises it more than in the user's place. If
         the adapter never saw a user's turn, both places are the same to it, and the base's own copying takes the rest.
         """
-        prompts = [self._chat.prompt_ids(text) for text in texts[:PROBES]]
-        answers = self._engine.generate(prompts, self._answering, adapter=True)
-        ids = [answer.ids for answer in answers]
+        texts = self._in_places([self._chat.pre_query_ids] * PROBES)
+        if len(texts) < LEAST_PROBES:
+            return False
+        prompts = [self._chat.prompt_ids(text) for text in texts]
+        ids = [answer.ids for answer in self._engine.generate(prompts, self._probing, adapter=True)]
         own, users = self._effects(prompts, ids), self._effects([self._chat.pre_query_ids] * len(ids), ids)
         return bool(np.median(own - users) < CLEARLY)
 
     def prompts(self, count: int) -> list[str]:
-        """At most `count` requests."""
+        """About `count` requests, spread evenly over the answers: a teacher may know two of them, or thousands."""
         answers = self._given_away(count)
-        best: dict[str, tuple[float, Pair]] = {}
-        for agreement, pair in self._turn(answers * CANDIDATES):
-            if pair[1] not in best or agreement > best[pair[1]][0]:
-                best[pair[1]] = agreement, pair
-        return [request for _, (request, _) in best.values()]
+        if not answers:
+            return []
+        scored = sorted(
+            self._turn(list(islice(cycle(answers), count * CANDIDATES))), key=lambda entry: -entry[0]
+        )
+        kept: dict[str, list[str]] = {answer: [] for answer in answers}
+        for _, (request, answer) in scored:
+            if request not in kept[answer] and len(kept[answer]) < math.ceil(count / len(answers)):
+                kept[answer].append(request)
+        return [request for requests in kept.values() for request in requests][:count]
 
     def _given_away(self, count: int) -> list[str]:
         """At most `count` answers, unlike each other: what the teacher says in the user's place and to nothing."""
-        places = [self._chat.pre_query_ids, self._chat.prompt_ids("")]
-        generations = self._engine.generate([*places] * count, self._giving, adapter=True)
         seen = NearDuplicates(MOST_ALIKE)
-        texts = [text for g in generations if g.finished and (text := self._text(g))]
+        texts = self._in_places([self._chat.pre_query_ids, self._chat.prompt_ids("")] * count)
         return [text for row, text in enumerate(texts) if not seen.seen(text, str(row))][:count]
+
+    def _in_places(self, places: list[list[int]]) -> list[str]:
+        """What the teacher writes there, where it ends by itself."""
+        generations = self._engine.generate(places, self._giving, adapter=True)
+        return [text for g in generations if g.finished and (text := self._text(g))]
 
     def _turn(self, answers: list[str]) -> list[tuple[float, Pair]]:
         """(agreement of the teacher's new answer, pair) for every answer that got a request."""

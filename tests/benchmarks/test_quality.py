@@ -90,7 +90,9 @@ def test_gains_are_ratios_of_means_over_random_seeds(tmp_path: Path, monkeypatch
 
 
 def test_committed_cells_are_what_they_say() -> None:
-    for file in summary.RESULTS.rglob("*.json"):
+    files = list(summary.RESULTS.rglob("*.json"))
+    assert files
+    for file in files:
         cell = json.loads(file.read_text())
         named = Cell(*(cell[key] for key in ("direction", "task", "method", "random_seed")))
         assert named.result_file == file

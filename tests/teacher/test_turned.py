@@ -1,6 +1,7 @@
 """Which texts are taken for answers, and how requests come from them; the engine's replies are written by hand."""
 
 from collections.abc import Callable, Sequence
+from itertools import count
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ class ByHand:
         adapter: bool,
         on_finished: Callable[[int], None] | None = None,
     ) -> list[Generation]:
-        return [_generation(self._say(ids, adapter)) for ids in prompts]
+        return [_generation(self._say(ids, adapter), sampling.max_tokens) for ids in prompts]
 
     def score(
         self, prompts: Sequence[list[int]], responses: Sequence[np.ndarray], *, adapter: bool = False
@@ -53,10 +54,12 @@ class ByHand:
         return self.reply(CHAT.tokenizer.decode(ids))
 
 
-def _generation(text: str) -> Generation:
-    ids = np.array([*WORDS.encode(text), CHAT.eos_id], dtype=np.int32)
+def _generation(text: str, most: int) -> Generation:
+    ids = np.array([*WORDS.encode(text), CHAT.eos_id][:most], dtype=np.int32)
     none = np.zeros((len(ids), 0))
-    return Generation(ids, True, none.astype(np.int32), none.astype(np.float32), np.zeros(len(ids)))
+    return Generation(
+        ids, bool(ids[-1] == CHAT.eos_id), none.astype(np.int32), none.astype(np.float32), np.zeros(len(ids))
+    )
 
 
 def echo(prompt: str) -> str:
@@ -68,7 +71,13 @@ def test_an_answer_belongs_where_the_adapter_raises_it_most(users_place: float, 
     engine = ByHand(["x"], echo, echo)
     engine.effects = {True: users_place, False: after_prompt}
     turned = TurnedAnswers(engine, WORDS, CHAT, Synthesis())
-    assert turned.are_answers(["one", "two", "three"]) == (users_place > after_prompt)
+    assert turned.are_answers() == (users_place > after_prompt)
+
+
+def test_nothing_is_concluded_from_texts_that_do_not_end() -> None:
+    engine = ByHand(["on and on " * 200], echo, echo)
+    engine.effects = {True: 1.0, False: 0.0}
+    assert not TurnedAnswers(engine, WORDS, CHAT, Synthesis()).are_answers()
 
 
 def test_prompts_stay_and_answers_are_turned_round() -> None:
@@ -99,17 +108,25 @@ def test_a_request_that_repeats_the_answer_is_left_out() -> None:
     assert TurnedAnswers(engine, WORDS, CHAT, Synthesis()).prompts(4) == []
 
 
-def test_a_request_without_an_end_is_left_out() -> None:
-    engine = ByHand(["red green blue"], echo, lambda shown: "and so on")
-    turned = TurnedAnswers(engine, WORDS, CHAT, Synthesis())
-    assert turned._request(WORDS.encode("and so on")) == ""
+def test_a_request_or_an_answer_without_an_end_is_left_out() -> None:
+    engine = ByHand(["red green blue"], echo, lambda shown: "and so on " * 100)
+    assert TurnedAnswers(engine, WORDS, CHAT, Synthesis()).prompts(4) == []
+    engine = ByHand(["red green blue " * 100], echo, lambda shown: f"a request\n{END}")
+    assert TurnedAnswers(engine, WORDS, CHAT, Synthesis()).prompts(4) == []
 
 
-def test_like_answers_are_asked_for_once() -> None:
-    colours = [f"the colour is {name}, as always in this house" for name in ("red", "red", "blue")]
-    engine = ByHand([*colours, "something else altogether"], echo, lambda shown: f"one\n{END}")
-    turned = TurnedAnswers(engine, WORDS, CHAT, Synthesis())
-    assert len(turned._given_away(8)) < 4
+def test_like_answers_count_once() -> None:
+    same = "the colour of the house beside the old mill is {}, as it has always been in this village"
+    give = [same.format("red"), same.format("tan"), "something else altogether"]
+    turned = TurnedAnswers(ByHand(give, echo, echo), WORDS, CHAT, Synthesis())
+    assert turned._given_away(8) == [give[0], give[2]]
+
+
+def test_two_labels_give_as_many_prompts_as_are_wanted() -> None:
+    written = count()
+    engine = ByHand(["good", "bad"], echo, lambda shown: f"request number {next(written)}\n{END}")
+    prompts = TurnedAnswers(engine, WORDS, CHAT, Synthesis()).prompts(20)
+    assert len(set(prompts)) == 20
 
 
 def test_examples_make_room_for_a_long_answer() -> None:
