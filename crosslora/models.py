@@ -70,6 +70,11 @@ def load_config(folder: str) -> PretrainedConfig:
     return config
 
 
+def context_length(folder: str, unknown: int) -> int:
+    """Positions that the base was made for; `unknown` where its configuration does not say."""
+    return int(getattr(load_config(folder).get_text_config(), "max_position_embeddings", unknown))
+
+
 def load_format(folder: str, base: Base) -> ChatFormat:
     """Tokenizer and chat template of a base, as the configuration sets them."""
     return ChatFormat(load_tokenizer(folder), base.chat_template)

@@ -19,7 +19,7 @@ from typing import Any
 from crosslora.adapter_config import read_settings
 from crosslora.config import Base
 from crosslora.errors import UserError
-from crosslora.models import load_config, resolve
+from crosslora.models import context_length, resolve
 from crosslora.progress import say
 from crosslora.run_folder import RunFolder
 from crosslora.serving import Endpoint, serve_models
@@ -87,7 +87,8 @@ def serve(
             Path(named).name.removesuffix(".gguf"),
             {adapter.name: adapter.folder for adapter in found},
             dtype=dtype,
-            max_model_len=max_model_len or min(LONGEST, _context(resolve(served, weights=False))),
+            max_model_len=max_model_len
+            or min(LONGEST, context_length(resolve(served, weights=False), LONGEST)),
             host=host,
             port=port,
             tokenizer=folder if (folder / TOKENIZER).is_file() else None,
@@ -235,8 +236,3 @@ def _fetch(name: str, folder: RunFolder, into: Path) -> Found:
     if local is None:
         local = folder.copy(into / name / str(len(list(into.glob(f"{name}/*")))))
     return Found(name, local, state)
-
-
-def _context(model: str) -> int:
-    """Positions that the base was made for."""
-    return int(getattr(load_config(model).get_text_config(), "max_position_embeddings", LONGEST))

@@ -13,7 +13,7 @@ from crosslora.adapter import Adapter, write_adapter
 from crosslora.config import HELD_OUT, Base, Config, Task
 from crosslora.evaluation.baselines import baseline
 from crosslora.evaluation.client import ask
-from crosslora.evaluation.likelihood import answer_ids, passages, reference_nats, text_nats
+from crosslora.evaluation.likelihood import PASSAGE_TOKENS, answer_ids, reference_nats, text_nats
 from crosslora.evaluation.report import write_report
 from crosslora.evaluation.results import (
     PLAIN_TEXT,
@@ -26,13 +26,16 @@ from crosslora.evaluation.results import (
     collect,
 )
 from crosslora.evaluation.tasks import Item, read_items
-from crosslora.models import resolve
+from crosslora.models import context_length, resolve
 from crosslora.projection.build import build_transfer
 from crosslora.run_folder import RunFolder, Stage
 from crosslora.serving import serve_models
 from crosslora.teacher.corpus import read_corpus
 from crosslora.text.pair import TokenizerPair
 from crosslora.text.templates import ChatFormat
+
+ROOM = 8
+"""Tokens that an endpoint has beyond the longest text."""
 
 
 def evaluate(
@@ -132,11 +135,12 @@ def _ask(
     """Serve one base with its adapters, let `models` answer, and ask all but the baselines how likely the references
     and plain text are."""
     settings = config.evaluation
+    passage = min(PASSAGE_TOKENS, context_length(resolve(base), PASSAGE_TOKENS) - ROOM)
     with serve_models(
         base,
         base_name,
         adapters,
-        max_model_len=_longest(tasks, chat),
+        max_model_len=max(_longest(tasks, chat), passage) + ROOM,
         port=settings.port,
         chat_template=chat.tokenizer.chat_template,
         **engine_settings(config),
@@ -157,28 +161,32 @@ def _ask(
         }
         asked = [model for model in models if model not in settings.baselines]
         return answers, {
-            model: _nats(endpoint.url, model, tasks, chat, settings.concurrency) for model in asked
+            model: _nats(endpoint.url, model, tasks, chat, settings.concurrency, passage) for model in asked
         }
 
 
 def _nats(
-    url: str, model: str, tasks: list[tuple[Task, list[Item]]], chat: ChatFormat, concurrency: int
+    url: str,
+    model: str,
+    tasks: list[tuple[Task, list[Item]]],
+    chat: ChatFormat,
+    concurrency: int,
+    passage: int,
 ) -> dict[str, np.ndarray]:
     # the teacher gives the held-out prompts their references
     known = [(task, items) for task, items in tasks if not (task.name == HELD_OUT and model == TEACHER)]
     nats = {task.name: reference_nats(url, model, items, chat, concurrency) for task, items in known}
-    return nats | {PLAIN_TEXT: text_nats(url, model, chat, concurrency)}
+    return nats | {PLAIN_TEXT: text_nats(url, model, chat, concurrency, passage)}
 
 
 def _longest(tasks: list[tuple[Task, list[Item]]], chat: ChatFormat) -> int:
-    """Tokens of the longest prompt with its answer or reference, and of the longest plain passage."""
-    texts = max(len(chat.tokenizer(text)["input_ids"]) for text in passages())
+    """Tokens of the longest prompt with its answer or reference."""
     lengths = (
         len(chat.prompt_ids(item.prompt)) + max(task.max_tokens, len(answer_ids(item, chat)))
         for task, items in tasks
         for item in items
     )
-    return max(texts, *lengths) + 8
+    return max(lengths, default=1)
 
 
 def engine_settings(config: Config) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from crosslora.text.templates import ChatFormat
 
 PASSAGES = 24
 PASSAGE_CHARACTERS = 1200
+PASSAGE_TOKENS = 256
 
 
 def reference_nats(
@@ -32,11 +33,10 @@ def reference_nats(
     return _nats(url, model, list(zip(prompts, answers, strict=True)), concurrency) / sizes
 
 
-def text_nats(url: str, model: str, chat: ChatFormat, concurrency: int) -> np.ndarray:
-    """Nats per token of each plain passage, [PASSAGES]: what an adapter should leave as it is."""
-    ids = [
-        list(chat.tokenizer(text)["input_ids"]) for text in passages()
-    ]  # with the BOS that the base expects
+def text_nats(url: str, model: str, chat: ChatFormat, concurrency: int, most: int) -> np.ndarray:
+    """Nats per token of the first `most` tokens of each plain passage, [PASSAGES]: what an adapter should leave alone."""
+    # with the BOS that the base expects
+    ids = [list(chat.tokenizer(text)["input_ids"])[:most] for text in passages()]
     sizes = [len(text_ids) - 1 for text_ids in ids]
     return _nats(url, model, [(text_ids[:1], text_ids[1:]) for text_ids in ids], concurrency) / sizes
 
