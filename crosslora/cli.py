@@ -189,42 +189,66 @@ def serve(
     base: Annotated[
         str | None, typer.Option(help="Base model; left out, the one that the adapters name.")
     ] = None,
+    teacher: Annotated[
+        bool,
+        typer.Option(
+            "--teacher", help="Serve the source base with the source adapters too; the places are runs."
+        ),
+    ] = False,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to others.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
     dtype: Annotated[
-        Literal["bfloat16", "float32"], typer.Option(help="What the engine computes in.")
+        Literal["bfloat16", "float32"], typer.Option(help="What the engines compute in.")
     ] = "bfloat16",
     max_model_len: Annotated[
         int | None, typer.Option(min=16, help="Longest prompt and answer, in tokens.  [default: up to 4096]")
     ] = None,
     gpus: Annotated[int, typer.Option(min=0, help="GPUs of a replica; 0 serves on CPU.")] = 0,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of a replica.  [default: all]")
+        int | None, typer.Option(min=1, help="CPU threads of a replica.  [default: an equal share of all]")
     ] = None,
-    replicas: Annotated[int, typer.Option(min=1, help="Engines side by side, on any node.")] = 1,
+    replicas: Annotated[int, typer.Option(min=1, help="Engines of a base side by side, on any node.")] = 1,
+    autoscaling: Annotated[
+        str | None,
+        typer.Option(
+            metavar="YAML",
+            help="Ray Serve's autoscaling settings, in place of --replicas: '{min_replicas: 1, max_replicas: 4}'.",
+        ),
+    ] = None,
     api_key: Annotated[
         str | None,
         typer.Option(envvar="CROSSLORA_API_KEY", help="Token that every request to /v1 must then carry."),
     ] = None,
+    write_config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Serve nothing; write DIR/serve.yaml for `serve deploy` and DIR/rayservice.yaml for KubeRay.",
+        ),
+    ] = None,
 ) -> None:
     """Serve moved adapters and their base, OpenAI-compatible, until Ctrl-C. What lies in the places is what is served:
     adapters may come, change and go meanwhile."""
-    from crosslora.serve import serve as run
+    from crosslora import serve as serving
 
-    run(
-        places,
+    settings = serving.settings(
+        places=places,
         base=base,
-        host=host,
-        port=port,
+        teacher=teacher,
         dtype=dtype,
         max_model_len=max_model_len,
-        num_gpus=gpus,
+        gpus=gpus,
         threads=threads,
         replicas=replicas,
-        api_key=api_key,
+        autoscaling=autoscaling,
     )
+    if write_config is None:
+        serving.serve(settings, host, port, api_key)
+    else:
+        for path in serving.write_config(settings, write_config, host, port):
+            print(path)
 
 
 @app.command()

@@ -129,6 +129,13 @@ def _amounts(resources: dict[str, float]) -> str:
     return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
+def this_node() -> dict[str, float]:
+    """A resource that only the node of this process has."""
+    import ray
+
+    return {f"node:{ray.util.get_node_ip_address()}": 0.001}
+
+
 class Board:
     """An actor on which workers write what happens and from which the driver reads it."""
 

@@ -5,6 +5,7 @@ vLLM's own app has many more routes (some without the API key) and fields, of wh
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -120,12 +121,17 @@ class Gate:
         if problem is not None:
             await _refuse(400, problem)(scope, receive, send)
             return
-        pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        await self._app(scope, replayed(body, receive), send)
 
-        async def replay() -> Message:
-            return pending.pop() if pending else await receive()
 
-        await self._app(scope, replay, send)
+def replayed(body: bytes, then: Callable[[], Awaitable[Any]]) -> Receive:
+    """`receive` for an app that is to read a body once more; after it, `then` says when the client is gone."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        return pending.pop() if pending else await then()
+
+    return receive
 
 
 async def _read(receive: Receive) -> bytes | None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from pyarrow import fs as arrow_fs
 
+from crosslora.config import Config
 from crosslora.errors import UserError
 
 STAGES = ("synthesize", "filter", "fit", "export", "evaluate")
@@ -241,3 +242,11 @@ def _state(folder: RunFolder, stage: str) -> str:
     if folder.exists(f"{stage}/manifest.json"):
         return "done"
     return "started" if folder.exists(f"{stage}/inputs.json") else "not started"
+
+
+def config_of_run(place: str) -> Config:
+    """The configuration that a run was made with; raises UserError for a folder that holds no run."""
+    folder = RunFolder.open(place)
+    if not folder.exists("run.json"):
+        raise UserError(f"{place}: holds no run.json; give the folder of a run")
+    return Config.model_validate(folder.read_json("run.json")["config"])

@@ -1,90 +1,83 @@
-"""What `crosslora serve` finds in the places it is given, and what it refuses before anything starts."""
+"""What `crosslora serve` makes of its options: models, an application, files for a cluster."""
 
 import json
 from pathlib import Path
 
 import pytest
+import ray
+import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from crosslora.errors import UserError
-from crosslora.serve import common_base, find_adapters
+from crosslora.serve import Settings, application, models, settings, write_config
 from tests.tiny import tiny_llama, tiny_lora
+from tests.tiny_pair import tiny_config
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "llama"
-    tiny_llama(folder)
-    return folder
-
-
-@pytest.fixture
-def run(tmp_path: Path, base: Path) -> Path:
-    """A run folder that has exported one of its two adapters."""
-    run = tmp_path / "run"
-    tiny_lora(run / "export/first", base, 1)
-    (run / "export/first/manifest.json").write_text("{}")
-    names = {"config": {"adapters": [{"name": "first"}, {"name": "second"}]}}
-    (run / "run.json").write_text(json.dumps(names))
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose adapter `tiny` is exported."""
+    folder = tmp_path_factory.mktemp("pair")
+    target = tiny_llama(folder / "target")
+    tiny_lora(folder / "adapter", tiny_llama(folder / "source"), 1, r=4)
+    run = folder / "run"
+    tiny_lora(run / "export/tiny", target, 2)
+    (run / "export/tiny/manifest.json").write_text("{}")
+    (run / "run.json").write_text(json.dumps({"config": tiny_config(folder, run).model_dump(mode="json")}))
     return run
 
 
-def test_adapters_of_runs_and_folders_by_path_and_uri(run: Path, base: Path, tmp_path: Path) -> None:
-    tiny_lora(run / "export/second", base, 2)
-    (run / "export/second/manifest.json").write_text("{}")
-    alone = tmp_path / "alone"
-    tiny_lora(alone, base, 3)
-    tiny_lora(tmp_path / "many/a", base, 4)
-    tiny_lora(tmp_path / "many/b", base, 5)
-    found = find_adapters([f"file://{run}", f"{alone}/", f"{tmp_path}/many"], tmp_path / "copies")
-    assert [adapter.name for adapter in found] == ["first", "second", "alone", "a", "b"]
-    origins = [run / "export/first", run / "export/second", alone, tmp_path / "many/a", tmp_path / "many/b"]
-    for adapter, origin in zip(found, origins, strict=True):
-        weights = "adapter_model.safetensors"
-        assert (adapter.folder / weights).read_bytes() == (origin / weights).read_bytes()
+def test_the_teacher_stands_on_the_source_base(run: Path) -> None:
+    target, source = models(Settings(places=[str(run)], teacher=True, dtype="float32"))
+    assert (target.rules.model, source.rules.model) == ("target", "source")
+    assert [*target.places.listed()] == ["tiny"] and [*source.places.listed()] == ["tiny-teacher"]
+    assert source.chat_template and target.chat_template is None, "its adapters bring their own"
+    assert (target.rules.lora["max_lora_rank"], source.rules.lora["max_lora_rank"]) == (8, 8)
 
 
-def test_an_adapter_without_a_base_asks_for_one(base: Path, tmp_path: Path) -> None:
-    tiny_lora(tmp_path / "mine", base, 1)
-    header = tmp_path / "mine/adapter_config.json"
-    header.write_text(json.dumps({**json.loads(header.read_text()), "base_model_name_or_path": None}))
-    with pytest.raises(UserError, match=r"mine: its adapter_config\.json names no base; give --base"):
-        common_base(find_adapters([str(tmp_path / "mine")], tmp_path / "copies"))
+def test_only_a_run_has_a_teacher(run: Path) -> None:
+    with pytest.raises(UserError, match=r"export/tiny: holds no run\.json"):
+        models(Settings(places=[f"{run}/export/tiny"], teacher=True))
 
 
-def test_of_a_run_what_is_exported_is_found(run: Path, base: Path, tmp_path: Path) -> None:
-    tiny_lora(run / "export/second", base, 2)  # without its manifest: it is still being written
-    assert [adapter.name for adapter in find_adapters([str(run)], tmp_path / "copies")] == ["first"]
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{max_replica: 2}", "no setting 'max_replica'"),
+        ("{min_replicas: 3, max_replicas: 2}", "must be greater than or equal to"),
+        ("[1", "no YAML"),
+        ("7", "valid dictionary"),
+    ],
+)
+def test_autoscaling_that_ray_does_not_know_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"--autoscaling .*{message}"):
+        settings(autoscaling=text, places=["run"])
 
 
-def test_a_place_without_an_adapter_is_refused(run: Path, tmp_path: Path) -> None:
-    (run / "export/first/manifest.json").unlink()
-    (tmp_path / "empty").mkdir()
-    for place in (run, tmp_path / "empty", tmp_path / "none"):
-        with pytest.raises(UserError, match=f"{place}: holds no adapter"):
-            find_adapters([str(place)], tmp_path / "copies")
+def test_the_configuration_is_one_for_serve_and_for_kuberay(run: Path, tmp_path: Path) -> None:
+    given = settings("{max_replicas: 3}", places=[str(run)], teacher=True, gpus=2)
+    serve_yaml, service_yaml = write_config(given, tmp_path / "new", "127.0.0.1", 8123)
+    config = ServeDeploySchema.model_validate(yaml.safe_load(serve_yaml.read_text()))
+    assert (config.http_options.host, config.http_options.port) == ("127.0.0.1", 8123)
+    assert Settings.model_validate(config.applications[0].args) == given
+    service = yaml.safe_load(service_yaml.read_text())["spec"]
+    in_pod = ServeDeploySchema.model_validate(yaml.safe_load(service["serveConfigV2"]))
+    assert (in_pod.http_options.host, in_pod.http_options.port) == ("0.0.0.0", 8000)
+    assert in_pod.applications == config.applications
+    assert service["rayClusterConfig"]["rayVersion"] == ray.__version__
+    (group,) = service["rayClusterConfig"]["workerGroupSpecs"]
+    assert (group["minReplicas"], group["maxReplicas"]) == (2, 6), "one pod per engine"
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == "2"
 
 
-def test_two_adapters_of_one_name_are_refused(base: Path, tmp_path: Path) -> None:
-    places = [tmp_path / "x/mine", tmp_path / "y/mine"]
-    for place in places:
-        tiny_lora(place, base, 1)
-    with pytest.raises(UserError, match="named 'mine' is there already"):
-        find_adapters([str(place) for place in places], tmp_path / "copies")
-
-
-def test_one_engine_has_one_chat_template_and_one_base(base: Path, tmp_path: Path) -> None:
-    places = [tmp_path / "one", tmp_path / "two"]
-    for place in places:
-        tiny_lora(place, base, 1)
-    header = json.loads((places[1] / "adapter_config.json").read_text())
-    (places[1] / "adapter_config.json").write_text(
-        json.dumps({**header, "base_model_name_or_path": "another"})
+def test_the_application_has_an_engine_and_a_shelf_per_base(run: Path) -> None:
+    built = application(
+        {"places": [str(run)], "teacher": True, "threads": 1, "autoscaling": {"max_replicas": 2}}
     )
-    names = [str(place) for place in places]
-    with pytest.raises(UserError, match="belong to different bases"):
-        common_base(find_adapters(names, tmp_path / "copies"))
-    (places[1] / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    with pytest.raises(
-        UserError, match="one and two were fitted with different tokenizers or chat templates"
-    ):
-        find_adapters(names, tmp_path / "more copies")
+    front = built._bound_deployment
+    options, shelf, lifeline, beside = front.init_args
+    assert (front.name, shelf._bound_deployment.name) == ("vllm-0", "shelf-0")
+    assert beside._bound_deployment.name == "vllm-1" and lifeline is None
+    assert front._deployment_config.autoscaling_config.max_replicas == 2
+    assert options["served_model_name"] == ["target"]

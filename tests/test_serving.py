@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
@@ -25,6 +26,7 @@ import ray
 import torch
 from openai import AuthenticationError, NotFoundError, OpenAI
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from crosslora import cluster
@@ -33,7 +35,7 @@ from crosslora.errors import UserError
 from crosslora.evaluation.harness import ask_harness, find_benchmarks
 from crosslora.evaluation.likelihood import answer_ids, reference_nats
 from crosslora.evaluation.tasks import Item
-from crosslora.serving import _check_adapters_act, serve_models
+from crosslora.serving import Model, Resources, serve_models
 from crosslora.text.templates import ChatFormat
 from crosslora.vllm_settings import environment, lora_options
 from tests.browser import PROGRAM, open_page
@@ -46,7 +48,7 @@ ENGINE = ("VLLM::", "multiprocessing.spawn")
 """vLLM's engine, named and not yet named."""
 MANY = 12
 """Requests in a row that hardly all reach the same one of two replicas."""
-SETTINGS: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "threads": 1}
+RESOURCES = Resources(threads=1)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Server:
     driver: subprocess.Popen[str]
     url: str
     client: OpenAI
+    said: list[str]
+    """Lines that the command has written since it serves."""
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,9 @@ def server(folders: Folders, places: Path) -> Iterator[Server]:
     """The command, with two adapters, two replicas and a Ray of its own."""
     with _driver(folders, places, "--replicas=2", CROSSLORA_API_KEY=KEY) as driver:
         url = _url(driver)
-        yield Server(driver, url, OpenAI(base_url=url, api_key=KEY, max_retries=0))
+        said: list[str] = []
+        threading.Thread(target=said.extend, args=[driver.stdout], daemon=True).start()
+        yield Server(driver, url, OpenAI(base_url=url, api_key=KEY, max_retries=0), said)
 
 
 def test_a_taken_port_is_refused_before_ray_starts(folders: Folders) -> None:
@@ -92,23 +98,23 @@ def test_a_taken_port_is_refused_before_ray_starts(folders: Folders) -> None:
         port = taken.getsockname()[1]
         with (
             pytest.raises(UserError, match=rf"port {port} on 127.0.0.1: .* in use; .* another port"),
-            serve_models(Base(base=str(folders.base)), "base", {}, port=port, **SETTINGS),
+            serve_models([_model(folders.base)], RESOURCES, port=port),
         ):
             pass
     assert not ray.is_initialized()
 
 
 def test_bad_models_are_refused_before_ray_starts(folders: Folders, tmp_path: Path) -> None:
-    cases: list[tuple[Path, dict[str, Path], str]] = [
-        (tmp_path / "none", {}, "does not exist"),
-        (folders.base, {"one": tmp_path / "none"}, "not a folder"),
-        (folders.base, {"base": folders.adapters["one"]}, "name of the base"),
-        (folders.base, {"wide": tiny_lora(tmp_path / "wide", folders.base, r=513)}, "rank 513"),
+    cases: list[tuple[Path, list[Path], str]] = [
+        (tmp_path / "none", [], "does not exist"),
+        (folders.base, [tmp_path / "none"], "not a folder"),
+        (folders.base, [tiny_lora(tmp_path / "base", folders.base)], "name of the base"),
+        (folders.base, [tiny_lora(tmp_path / "wide", folders.base, r=513)], "rank 513"),
     ]
     for base, adapters, message in cases:
         with (
             pytest.raises(UserError, match=message),
-            serve_models(Base(base=str(base)), "base", adapters, **SETTINGS),
+            serve_models([_model(base, *adapters)], RESOURCES),
         ):
             pass
     assert not ray.is_initialized()
@@ -244,12 +250,6 @@ def test_references_are_as_likely_as_peft_says(
 
 
 @pytest.mark.real
-def test_an_adapter_that_changes_nothing_is_named(server: Server, folders: Folders) -> None:
-    with pytest.raises(UserError, match="idle: served as 'base' it changes nothing"):
-        _check_adapters_act(server.url, "base", {"one": folders.adapters["one"], "base": Path("idle")}, KEY)
-
-
-@pytest.mark.real
 def test_no_request_brings_it_down(server: Server) -> None:
     """2,000 random requests, most of them valid, some with values that nobody foresaw."""
     generator = random.Random(0)
@@ -281,12 +281,20 @@ def test_adapters_come_and_go_on_all_replicas(
 
 
 @pytest.mark.real
-def test_an_adapter_that_does_not_fit_is_not_served(server: Server, folders: Folders, places: Path) -> None:
+def test_adapters_that_do_not_fit_or_change_nothing_are_not_served(
+    server: Server, folders: Folders, places: Path
+) -> None:
     tiny_lora(places / "wide", folders.base, 4, r=64)
+    idle = tiny_lora(places / "idle", folders.base, 4) / "adapter_model.safetensors"
+    save_file({name: tensor * ("lora_A" in name) for name, tensor in load_file(idle).items()}, idle)
     time.sleep(8)
     listed = [model.id for model in server.client.models.list()]
     shutil.rmtree(places / "wide")
+    shutil.rmtree(places / "idle")
     assert listed == MODELS
+    said = "".join(server.said)
+    assert re.search("not serving wide: .* does not fit what this server was started for", said)
+    assert "not serving idle: it changes nothing" in said
 
 
 @pytest.mark.real
@@ -341,7 +349,7 @@ def test_a_second_server_on_the_cluster_is_refused(server: Server, folders: Fold
     with (
         cluster.session(Cluster(address="auto")),
         pytest.raises(UserError, match="Ray Serve already runs"),
-        serve_models(Base(base=str(folders.base)), "base", {}, **SETTINGS),
+        serve_models([_model(folders.base)], RESOURCES),
     ):
         pass
     assert len(list(server.client.models.list())) == 3, "the first server goes on"
@@ -398,12 +406,20 @@ def _driver(
     fixed = [f"--base={folders.base}", "--dtype=float32", "--max-model-len=512", "--threads=1", "--port=0"]
     command = [sys.executable, "-m", "crosslora", "serve", str(place), *fixed, *options]
     with subprocess.Popen(
-        command, env=os.environ | environment, stdout=subprocess.PIPE, text=True
+        command,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as process:
         try:
             yield process
         finally:
             process.kill()
+
+
+def _model(base: Path, *adapters: Path) -> Model:
+    return Model.of_folders(Base(base=str(base)), "base", adapters, "float32", 256)
 
 
 def _url(driver: subprocess.Popen[str]) -> str:

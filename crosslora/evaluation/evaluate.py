@@ -29,7 +29,7 @@ from crosslora.evaluation.tasks import Item, read_items
 from crosslora.models import context_length, resolve
 from crosslora.projection.build import build_transfer
 from crosslora.run_folder import RunFolder, Stage
-from crosslora.serving import serve_models
+from crosslora.serving import Model, Resources, serve_models
 from crosslora.teacher.corpus import read_corpus
 from crosslora.text.pair import TokenizerPair
 from crosslora.text.templates import ChatFormat
@@ -136,15 +136,9 @@ def _ask(
     and plain text are."""
     settings = config.evaluation
     passage = min(PASSAGE_TOKENS, context_length(resolve(base), PASSAGE_TOKENS) - ROOM)
-    with serve_models(
-        base,
-        base_name,
-        adapters,
-        max_model_len=max(_longest(tasks, chat), passage) + ROOM,
-        port=settings.port,
-        chat_template=chat.tokenizer.chat_template,
-        **engine_settings(config),
-    ) as endpoint:
+    longest = max(_longest(tasks, chat), passage) + ROOM
+    model = model_of(config, base, base_name, adapters, longest)
+    with serve_models([model], resources_of(config), port=settings.port) as endpoint:
         answers = {
             model: {
                 task.name: ask(
@@ -189,10 +183,14 @@ def _longest(tasks: list[tuple[Task, list[Item]]], chat: ChatFormat) -> int:
     return max(lengths, default=1)
 
 
-def engine_settings(config: Config) -> dict[str, Any]:
+def model_of(
+    config: Config, base: Base, base_name: str, adapters: dict[str, Path], max_model_len: int
+) -> Model:
+    """A base and adapters of an evaluation, as an endpoint serves them."""
+    return Model.of_folders(base, base_name, [*adapters.values()], config.evaluation.dtype, max_model_len)
+
+
+def resources_of(config: Config) -> Resources:
     """What every endpoint of an evaluation is started with."""
-    return {
-        "dtype": config.evaluation.dtype,
-        "num_gpus": config.synthesis.tensor_parallel * config.cluster.gpus_per_engine,
-        "wait_seconds": config.cluster.wait_seconds,
-    }
+    gpus = config.synthesis.tensor_parallel * config.cluster.gpus_per_engine
+    return Resources(num_gpus=gpus, wait_seconds=config.cluster.wait_seconds)

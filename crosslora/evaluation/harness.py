@@ -20,14 +20,14 @@ from crosslora.adapter import read_adapter
 from crosslora.config import AdapterSource, Base, Config, Task
 from crosslora.errors import UserError
 from crosslora.evaluation.client import ask
-from crosslora.evaluation.evaluate import adapter_folders, engine_settings
+from crosslora.evaluation.evaluate import adapter_folders, model_of, resources_of
 from crosslora.evaluation.harness_tasks import local_tasks
 from crosslora.evaluation.metrics import bootstrap_interval, paired_difference, recovered_gain
 from crosslora.evaluation.results import SOURCE_BASE, STUDENT, TARGET_BASE, TEACHER
 from crosslora.evaluation.tasks import read_items, score
 from crosslora.models import load_tokenizer, resolve
 from crosslora.progress import say
-from crosslora.run_folder import RunFolder
+from crosslora.run_folder import RunFolder, config_of_run
 from crosslora.serving import serve_models
 from crosslora.text.pair import TokenizerPair
 from crosslora.text.templates import ChatFormat
@@ -105,10 +105,7 @@ def evaluate_run(
 
     Raises UserError for a folder that holds no finished run, besides what `find_benchmarks` raises.
     """
-    folder = RunFolder.open(place)
-    if not folder.exists("run.json"):
-        raise UserError(f"{place}: holds no run.json; give the folder of a run")
-    config = Config.model_validate(folder.read_json("run.json")["config"])
+    folder, config = RunFolder.open(place), config_of_run(place)
     for source in config.adapters:
         if not folder.exists(f"export/{source.name}/manifest.json"):
             raise UserError(f"{place}: {source.name} is not exported; run `crosslora transfer` to its end")
@@ -157,9 +154,8 @@ def _scores(
         ),
         1,
     )
-    with serve_models(
-        base, base_name, adapters, max_model_len=longest, **engine_settings(config)
-    ) as endpoint:
+    served = model_of(config, base, base_name, adapters, longest)
+    with serve_models([served], resources_of(config)) as endpoint:
         return {
             model: {
                 **ask_harness(endpoint.url, model, folder, by_model[model]),

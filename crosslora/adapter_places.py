@@ -1,0 +1,143 @@
+"""Adapters in the places that a user names: runs, PEFT folders, folders of these; paths or URIs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from crosslora.adapter import read_adapter, write_adapter
+from crosslora.adapter_config import read_settings
+from crosslora.config import Base
+from crosslora.errors import UserError
+from crosslora.run_folder import RunFolder, config_of_run, digest
+
+HEADER = "adapter_config.json"
+TOKENIZER = "tokenizer.json"
+FORMAT = (TOKENIZER, "tokenizer_config.json", "chat_template.jinja")
+"""Files that decide what a chat becomes; the export writes them beside the adapter."""
+OF_TEACHER = "-teacher"
+"""What the name of a source adapter ends with where it is served beside the moved one."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """An adapter in a local folder, where PEFT and vLLM can read it."""
+
+    name: str
+    folder: Path
+
+    @property
+    def base(self) -> str:
+        """The base that it names; raises UserError where it names none."""
+        base = read_settings(self.folder).base_model_name_or_path
+        if not base:
+            raise UserError(f"{self.name}: its {HEADER} names no base; give --base")
+        return base
+
+    @property
+    def format(self) -> str:
+        """Digest of tokenizer and chat template, the same for adapters that one engine can serve."""
+        sha = hashlib.sha256()
+        for file in FORMAT:
+            sha.update((self.folder / file).read_bytes() if (self.folder / file).is_file() else b"-")
+        return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where adapters lie. With `teachers` the places are runs, and it is their source adapters that are meant."""
+
+    places: tuple[str, ...]
+    teachers: bool = False
+
+    def listed(self) -> dict[str, RunFolder]:
+        """Adapters by name; raises UserError where two have the same."""
+        listed: dict[str, RunFolder] = {}
+        for place in self.places:
+            for name, folder in _teachers(place) if self.teachers else _folders(place):
+                if name in listed:
+                    raise UserError(
+                        f"{place}: an adapter named {name!r} is there already; rename the folder of one"
+                    )
+                listed[name] = folder
+        return listed
+
+    def fetch(self, name: str, folder: RunFolder, into: Path) -> Found:
+        """The adapter in a local folder: its own, or a copy in the new folder `into`."""
+        local = folder.local_root or folder.copy(into)
+        if self.teachers:  # in the form that every vLLM reads
+            adapter = read_adapter(local)
+            local = into / "plain"
+            write_adapter(local, adapter.factors, adapter.base_model_name_or_path)
+        return Found(name, local)
+
+    def find(self, into: Path) -> list[Found]:
+        """All adapters; those that are not local are copied to `into`.
+
+        Raises UserError for a place without one, a name that occurs twice, and adapters that were fitted with
+        different tokenizers or chat templates.
+        """
+        for place in self.places:
+            if not self.teachers and not [*_folders(place)]:
+                raise UserError(
+                    f"{place}: holds no adapter; give the folder of a run that has exported one, a PEFT folder (with "
+                    f"{HEADER}), or a folder of PEFT folders"
+                )
+        found = [self.fetch(name, folder, into / name) for name, folder in self.listed().items()]
+        for other in found[1:]:
+            check_same_format(other, found[0].format)
+        return found
+
+
+def common_base(found: Sequence[Found]) -> str:
+    """The base that all adapters name; raises UserError where they differ."""
+    bases = sorted({adapter.base for adapter in found})
+    if len(bases) > 1:
+        raise UserError(f"the adapters belong to different bases ({', '.join(bases)}); serve them apart")
+    return bases[0]
+
+
+def common_source(runs: Sequence[str]) -> Base:
+    """The source base of all runs; raises UserError where they differ, and for a place that is no run."""
+    sources = [config_of_run(run).source for run in runs]
+    if other := next((source for source in sources if source != sources[0]), None):
+        raise UserError(
+            f"the runs have different source bases ({sources[0].base}, {other.base}); serve them apart"
+        )
+    return sources[0]
+
+
+def check_same_format(adapter: Found, wanted: str) -> None:
+    if adapter.format != wanted:
+        raise UserError(
+            f"{adapter.name} was fitted with another tokenizer or chat template than those before it, and one "
+            "engine has one; serve it apart, on another port"
+        )
+
+
+def state_of(folder: RunFolder) -> str:
+    """Changes when a file of the folder does."""
+    return digest(
+        [[entry.base_name, entry.size, entry.mtime_ns] for entry in folder.entries() if entry.is_file]
+    )
+
+
+def _folders(place: str) -> Iterator[tuple[str, RunFolder]]:
+    """Names and folders: a PEFT folder itself, what a run has exported, or the PEFT folders in a folder."""
+    folder = RunFolder.open(place.rstrip("/"))
+    if folder.exists(HEADER):
+        yield os.path.basename(folder.root), folder
+        return
+    is_run = folder.exists("run.json")
+    for entry in (folder.sub("export") if is_run else folder).entries():
+        inner = folder.sub(f"export/{entry.base_name}" if is_run else entry.base_name)
+        if inner.exists("manifest.json" if is_run else HEADER):
+            yield entry.base_name, inner
+
+
+def _teachers(run: str) -> Iterator[tuple[str, RunFolder]]:
+    for source in config_of_run(run).adapters:
+        yield f"{source.name}{OF_TEACHER}", RunFolder.open(str(source.path))

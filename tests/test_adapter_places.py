@@ -1,0 +1,92 @@
+"""What `crosslora serve` finds in the places it is given, and what it refuses before anything starts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from crosslora.adapter_places import Found, Places, common_base
+from crosslora.errors import UserError
+from tests.tiny import tiny_llama, tiny_lora
+
+
+def find_adapters(places: list[str], into: Path) -> list[Found]:
+    return Places(tuple(places)).find(into)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path, base: Path) -> Path:
+    """A run folder that has exported one of its two adapters."""
+    run = tmp_path / "run"
+    tiny_lora(run / "export/first", base, 1)
+    (run / "export/first/manifest.json").write_text("{}")
+    names = {"config": {"adapters": [{"name": "first"}, {"name": "second"}]}}
+    (run / "run.json").write_text(json.dumps(names))
+    return run
+
+
+def test_adapters_of_runs_and_folders_by_path_and_uri(run: Path, base: Path, tmp_path: Path) -> None:
+    tiny_lora(run / "export/second", base, 2)
+    (run / "export/second/manifest.json").write_text("{}")
+    alone = tmp_path / "alone"
+    tiny_lora(alone, base, 3)
+    tiny_lora(tmp_path / "many/a", base, 4)
+    tiny_lora(tmp_path / "many/b", base, 5)
+    found = find_adapters([f"file://{run}", f"{alone}/", f"{tmp_path}/many"], tmp_path / "copies")
+    assert [adapter.name for adapter in found] == ["first", "second", "alone", "a", "b"]
+    origins = [run / "export/first", run / "export/second", alone, tmp_path / "many/a", tmp_path / "many/b"]
+    for adapter, origin in zip(found, origins, strict=True):
+        weights = "adapter_model.safetensors"
+        assert (adapter.folder / weights).read_bytes() == (origin / weights).read_bytes()
+
+
+def test_an_adapter_without_a_base_asks_for_one(base: Path, tmp_path: Path) -> None:
+    tiny_lora(tmp_path / "mine", base, 1)
+    header = tmp_path / "mine/adapter_config.json"
+    header.write_text(json.dumps({**json.loads(header.read_text()), "base_model_name_or_path": None}))
+    with pytest.raises(UserError, match=r"mine: its adapter_config\.json names no base; give --base"):
+        common_base(find_adapters([str(tmp_path / "mine")], tmp_path / "copies"))
+
+
+def test_of_a_run_what_is_exported_is_found(run: Path, base: Path, tmp_path: Path) -> None:
+    tiny_lora(run / "export/second", base, 2)  # without its manifest: it is still being written
+    assert [adapter.name for adapter in find_adapters([str(run)], tmp_path / "copies")] == ["first"]
+
+
+def test_a_place_without_an_adapter_is_refused(run: Path, tmp_path: Path) -> None:
+    (run / "export/first/manifest.json").unlink()
+    (tmp_path / "empty").mkdir()
+    for place in (run, tmp_path / "empty", tmp_path / "none"):
+        with pytest.raises(UserError, match=f"{place}: holds no adapter"):
+            find_adapters([str(place)], tmp_path / "copies")
+
+
+def test_two_adapters_of_one_name_are_refused(base: Path, tmp_path: Path) -> None:
+    places = [tmp_path / "x/mine", tmp_path / "y/mine"]
+    for place in places:
+        tiny_lora(place, base, 1)
+    with pytest.raises(UserError, match="named 'mine' is there already"):
+        find_adapters([str(place) for place in places], tmp_path / "copies")
+
+
+def test_one_engine_has_one_chat_template_and_one_base(base: Path, tmp_path: Path) -> None:
+    places = [tmp_path / "one", tmp_path / "two"]
+    for place in places:
+        tiny_lora(place, base, 1)
+    header = json.loads((places[1] / "adapter_config.json").read_text())
+    (places[1] / "adapter_config.json").write_text(
+        json.dumps({**header, "base_model_name_or_path": "another"})
+    )
+    names = [str(place) for place in places]
+    with pytest.raises(UserError, match="belong to different bases"):
+        common_base(find_adapters(names, tmp_path / "copies"))
+    (places[1] / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(UserError, match="two was fitted with another tokenizer or chat template"):
+        find_adapters(names, tmp_path / "more copies")

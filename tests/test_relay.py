@@ -1,0 +1,72 @@
+"""An app that is asked from another process answers like one that is asked over HTTP."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+
+from crosslora.relay import Call, answer
+
+
+def call(path: str, body: bytes = b"") -> Call:
+    return {"method": "POST", "path": path, "headers": [(b"authorization", b"Bearer key")], "body": body}
+
+
+def test_path_headers_and_body_arrive() -> None:
+    async def echo(request: Request) -> JSONResponse:
+        key = request.headers["authorization"]
+        return JSONResponse([request.url.path, key, (await request.body()).decode()], 201)
+
+    async def run() -> list[dict[str, object]]:
+        app = Starlette(routes=[Route("/v1/x", echo, methods=["POST"])])
+        return [dict(message) async for message in answer(app, call("/v1/x", b"asked"))]
+
+    start, body = asyncio.run(run())[:2]
+    assert start["status"] == 201
+    assert body["body"] == b'["/v1/x","Bearer key","asked"]'
+
+
+def test_a_stream_arrives_piece_by_piece_and_ends_with_its_reader() -> None:
+    state = {"sent": 0, "cancelled": 0}
+
+    async def pieces() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                state["sent"] += 1
+                yield b"piece"
+                await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            state["cancelled"] = 1
+            raise
+
+    async def stream(request: Request) -> StreamingResponse:
+        return StreamingResponse(pieces())
+
+    async def run() -> None:
+        app = Starlette(routes=[Route("/", stream, methods=["POST"])])
+        async with aclosing(answer(app, call("/"))) as messages:
+            async for message in messages:
+                if message.get("body"):
+                    break
+        await asyncio.sleep(0.05)
+
+    asyncio.run(run())
+    assert state["cancelled"] == 1 and state["sent"] < 5
+
+
+def test_an_error_of_the_app_is_the_callers() -> None:
+    async def broken(request: Request) -> JSONResponse:
+        raise ZeroDivisionError
+
+    async def run() -> None:
+        app = Starlette(routes=[Route("/", broken, methods=["POST"])])
+        async for _ in answer(app, call("/")):
+            pass
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(run())
