@@ -34,6 +34,7 @@ class Nodes:
             **os.environ,
             "PATH": f"{programs}:{os.environ['PATH']}",
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{jobs}",
+            "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{jobs}",  # of `serve`
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": uuid.uuid4().hex,
             **environment,
@@ -70,6 +71,11 @@ class Nodes:
         """`ray job submit`, which ends with the job and fails with it."""
         arguments = [*self._ray, "job", "submit", "--working-dir", ".", "--", *command]
         return subprocess.Popen(arguments, env=self._environment, cwd=ROOT)
+
+    def serve(self, *arguments: str | Path) -> None:
+        """Ray Serve's own command, `serve`."""
+        program = [self._ray[0], "-m", "ray.serve.scripts"]
+        subprocess.run([*program, *arguments], env=self._environment, cwd=ROOT, check=True)
 
     def lose_node_of(self, process: str) -> None:
         """Kill a node on which a process of that name runs, and everything on it."""

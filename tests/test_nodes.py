@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 import yaml
+from openai import NotFoundError, OpenAI
 
 from crosslora.config import Config
 from crosslora.run_folder import RunFolder, stage_states
+from crosslora.serve import settings, write_config
 from crosslora.serving import free_port
 from crosslora.teacher.corpus import read_samples
 from tests.nodes import Nodes
@@ -131,6 +133,30 @@ def test_the_fit_goes_on_from_its_checkpoint(early_shards: dict[int, str], folde
     steps = [event["step"] for event in fitted if event["event"] == "step"]
     assert set(steps) == set(range(1, STEPS + 1))
     assert len(steps) - len(set(steps)) <= 10, "checkpoint_every at most"
+
+
+def test_serve_deploy_serves_student_and_teacher_from_the_bucket(
+    early_shards: dict[int, str], nodes: Nodes, config: Config, tmp_path: Path
+) -> None:
+    """Without a program that stays: two engines on two nodes."""
+    port = free_port("127.0.0.1", 0)
+    given = settings(None, places=[config.run], teacher=True, threads=1, dtype="float32")
+    nodes.serve("deploy", write_config(given, tmp_path, "127.0.0.1", port)[0])
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+    until(lambda: answers(f"{client.base_url}models"), 300)
+    names = [model.id for model in client.models.list()]
+    assert names == ["target", "tiny", "source", "tiny-teacher"]
+    texts = []
+    for name in names:
+        asked = {"model": name, "prompt": [5] * 8, "max_tokens": 12, "temperature": 0}
+        whole = client.completions.create(**asked).choices[0].text
+        streamed = [chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True)]
+        assert len(streamed) > 1 and "".join(streamed) == whole
+        texts.append(whole)
+    assert len(set(texts)) >= 3, "they are different models"
+    with pytest.raises(NotFoundError):
+        client.completions.create(model="another", prompt="x")
+    nodes.serve("shutdown", "-y")
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 from crosslora import cluster
 from crosslora.config import Base, Cluster
 from crosslora.errors import UserError
-from crosslora.evaluation.harness import ask_harness, find_benchmarks
+from crosslora.evaluation.harness import ask_harness, find_benchmarks, headline
 from crosslora.evaluation.likelihood import answer_ids, reference_nats
 from crosslora.evaluation.tasks import Item
 from crosslora.serving import Model, Resources, serve_models
@@ -225,7 +225,8 @@ def test_the_harness_gives_the_likelihoods_of_peft(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     write_benchmarks(tmp_path)
     benchmarks = find_benchmarks(["mmlu", "gsm8k"], tmp_path, None)
-    scores = ask_harness(server.url, "one", str(folders.base), benchmarks)
+    samples = ask_harness(server.url, "one", str(folders.base), benchmarks)
+    scores = {name: headline(samples, name) for name in benchmarks.names}
     assert [(metric, len(values)) for metric, values in scores.values()] == [("acc", 6), ("exact_match", 2)]
     (task,) = benchmarks.definitions[:1]
     expected = [_mmlu_is_right(folders, row) for row in task["custom_dataset"]()["test"]]

