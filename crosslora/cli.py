@@ -147,13 +147,20 @@ def evaluate(
         ),
     ] = None,
     items: Annotated[int | None, typer.Option(min=1, help="Most items of a task.  [default: all]")] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask this OpenAI-compatible endpoint (of `crosslora serve RUN --teacher`, say), and no baselines.  "
+            "[default: serve everything for the time of it]"
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Put standard benchmarks to the teacher, the target base, the baselines and the student of a finished run."""
     from crosslora.evaluation.harness import evaluate_run, show
 
     names = re.split(r",(?![^(\[{]*[)\]}])", tasks)  # a comma in brackets belongs to a pattern
-    results = evaluate_run(run, [name.strip() for name in names], task_data, items)
+    results = evaluate_run(run, [name.strip() for name in names], task_data, items, url)
     if as_json:
         _print_json(results)
     else:

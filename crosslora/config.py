@@ -30,6 +30,11 @@ class Base(_Section):
     chat_template: str | None = None
     """Jinja text, or a file that holds it. None: the tokenizer's own, or the plain one where it has none."""
 
+    @property
+    def name(self) -> str:
+        """What an endpoint calls it."""
+        return Path(self.base).name.removesuffix(".gguf")
+
 
 class AdapterSource(_Section):
     name: str

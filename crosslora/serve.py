@@ -30,7 +30,6 @@ from crosslora.serving import Model, Resources, serve_models
 LONGEST = 4096
 """Tokens of prompt and answer where the user says nothing: what a laptop's memory holds for many requests."""
 KEY = "CROSSLORA_API_KEY"
-SERVE_CONFIG, RAY_SERVICE = "serve.yaml", "rayservice.yaml"
 
 
 class Settings(BaseModel):
@@ -125,9 +124,7 @@ def _model(
     named: str | None,
     format: str | None,
 ) -> Model:
-    rules = Rules(
-        Path(base.base).name.removesuffix(".gguf"), named, format, serving.limits([a.folder for a in found])
-    )
+    rules = Rules(base.name, named, format, serving.limits([a.folder for a in found]))
     for adapter in found:
         rules.check(adapter)
     folder = resolve(base, weights=False)
@@ -151,8 +148,8 @@ def write_config(settings: Settings, folder: Path, host: str, port: int) -> list
     """
     engines = len(models(settings)) * settings.resources.at_least
     written = {
-        SERVE_CONFIG: _serve_config(settings, host, port),
-        RAY_SERVICE: _ray_service(settings, _serve_config(settings, "0.0.0.0", 8000), engines),
+        "serve.yaml": _serve_config(settings, host, port),
+        "rayservice.yaml": ray_service(settings, engines),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in written.items():
@@ -177,15 +174,15 @@ def _serve_config(settings: Settings, host: str, port: int) -> str:
     return yaml.safe_dump(config, sort_keys=False)
 
 
-def _ray_service(settings: Settings, config: str, engines: int) -> str:
-    """One pod per engine."""
+def ray_service(settings: Settings, engines: int) -> str:
+    """A manifest for KubeRay, with a pod for each of at least `engines`."""
     template = Path(__file__).with_name("rayservice.yaml.j2").read_text(encoding="utf-8")
     most = (settings.autoscaling or {}).get("max_replicas", settings.replicas) * (
         2 if settings.teacher else 1
     )
     environment = Environment(autoescape=False, undefined=StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(template).render(
-        config=config.rstrip(),
+        config=_serve_config(settings, "0.0.0.0", 8000).rstrip(),
         ray=ray.__version__,
         version=__version__,
         gpus=settings.gpus,

@@ -10,6 +10,8 @@ import yaml
 from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from crosslora.serve import Settings, ray_service
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -51,6 +53,11 @@ def test_spot_workers_have_a_fallback(cluster: dict[str, Any]) -> None:
         spot, on_demand = types[f"{name}_spot"]["node_config"], types[name]["node_config"]
         assert spot.pop("InstanceMarketOptions") == {"MarketType": "spot"}
         assert spot == on_demand
+
+
+def test_the_sample_of_a_rayservice_is_what_the_command_writes() -> None:
+    sample = ROOT / "deploy/kuberay/rayservice.yaml"
+    assert sample.read_text() == ray_service(Settings(places=["s3://BUCKET/run"], gpus=1), engines=1)
 
 
 @pytest.mark.parametrize("kind", ["raycluster", "rayjob"])

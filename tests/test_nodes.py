@@ -19,11 +19,14 @@ import yaml
 from openai import NotFoundError, OpenAI
 
 from crosslora.config import Config
+from crosslora.evaluation.harness import evaluate_run
 from crosslora.run_folder import RunFolder, stage_states
 from crosslora.serve import settings, write_config
 from crosslora.serving import free_port
 from crosslora.teacher.corpus import read_samples
+from crosslora.text.templates import ChatFormat
 from tests.nodes import Nodes
+from tests.tiny import load_tokenizer
 from tests.tiny_pair import make_pair, tiny_config
 
 pytestmark = pytest.mark.real
@@ -154,8 +157,23 @@ def test_serve_deploy_serves_student_and_teacher_from_the_bucket(
         assert len(streamed) > 1 and "".join(streamed) == whole
         texts.append(whole)
     assert len(set(texts)) >= 3, "they are different models"
+    tokenizer = ChatFormat(load_tokenizer(config.target.base))
+    chat: list[Any] = [{"role": "user", "content": "Say river"}]
+    ids: Any = {"max_tokens": 1, "extra_body": {"return_token_ids": True}}
+    asked_ids = [
+        client.chat.completions.create(model="tiny", messages=chat, **ids).prompt_token_ids,  # type: ignore[attr-defined]
+        client.completions.create(model="tiny", prompt="Say river", **ids).choices[0].prompt_token_ids,  # type: ignore[attr-defined]
+    ]
+    assert asked_ids[0] == tokenizer.prompt_ids("Say river")
+    bos = tokenizer.tokenizer.bos_token_id
+    assert all(prompt[0] == bos and prompt.count(bos) == 1 for prompt in asked_ids)
     with pytest.raises(NotFoundError):
         client.completions.create(model="another", prompt="x")
+    prompts = str(config.evaluation.tasks[0].path)
+    judged = evaluate_run(config.run, [prompts], None, 4, str(client.base_url))["tiny"]["tasks"]["prompts"]
+    assert {name: model["n"] for name, model in judged["models"].items()} == dict.fromkeys(
+        ("teacher", "target_base", "student"), 4
+    )
     nodes.serve("shutdown", "-y")
 
 

@@ -1,5 +1,6 @@
 """One endpoint over tiny models: what it answers, what it refuses, and what it leaves behind."""
 
+import json
 import os
 import random
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import lm_eval
 import psutil  # type: ignore[import-untyped]
 import pytest
 import ray
@@ -231,6 +233,43 @@ def test_the_harness_gives_the_likelihoods_of_peft(
     (task,) = benchmarks.definitions[:1]
     expected = [_mmlu_is_right(folders, row) for row in task["custom_dataset"]()["test"]]
     assert scores["mmlu"][1].tolist() == expected
+
+
+@pytest.mark.real
+def test_the_harness_chats_as_the_openai_client_does(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    write_benchmarks(tmp_path)
+    endpoint = {"model": "two", "base_url": f"{server.url}/chat/completions", "max_gen_toks": 6}
+    found = lm_eval.simple_evaluate(
+        model="local-chat-completions",
+        model_args=endpoint,
+        tasks=list(find_benchmarks(["gsm8k"], tmp_path, None).definitions),
+        num_fewshot=0,
+        apply_chat_template=True,
+        bootstrap_iters=0,
+    )
+    assert found is not None and len(found["samples"]["gsm8k"]) == 2
+    for row in found["samples"]["gsm8k"]:
+        question = f"Question: {row['doc']['question']}\nAnswer:"
+        assert row["resps"][0][0] == _said(server.client, "two", question, 6)
+
+
+@pytest.mark.real
+def test_curl_gets_what_the_openai_client_gets(server: Server) -> None:
+    body = {
+        "model": "one",
+        "messages": [{"role": "user", "content": "Grüße"}],
+        "max_tokens": 5,
+        "temperature": 0,
+    }
+    command = ["curl", "--silent", "--show-error", "--fail", f"{server.url}/chat/completions"]
+    headers = ["-H", f"Authorization: Bearer {KEY}", "-H", "Content-Type: application/json"]
+    answer = subprocess.run(
+        [*command, *headers, "-d", json.dumps(body)], check=True, capture_output=True
+    ).stdout
+    assert json.loads(answer)["choices"][0]["message"]["content"] == _said(server.client, "one", "Grüße")
 
 
 @pytest.mark.real
@@ -452,9 +491,11 @@ def _peft(folders: Folders, adapter: Path | None) -> Any:
     return base if adapter is None else PeftModel.from_pretrained(base, adapter)
 
 
-def _said(client: OpenAI, model: str, prompt: str) -> str:
+def _said(client: OpenAI, model: str, prompt: str, max_tokens: int = 5) -> str:
     messages: list[Any] = [{"role": "user", "content": prompt}]
-    answer = client.chat.completions.create(model=model, messages=messages, max_tokens=5, temperature=0)
+    answer = client.chat.completions.create(
+        model=model, messages=messages, max_tokens=max_tokens, temperature=0
+    )
     return answer.choices[0].message.content or ""
 
 

@@ -6,8 +6,9 @@ import asyncio
 import os
 import time
 
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, OpenAIError
 
+from crosslora.errors import UserError
 from crosslora.evaluation.tasks import Answer, Item
 from crosslora.progress import Meter, progress
 from crosslora.text.templates import ChatFormat
@@ -27,6 +28,22 @@ def ask(
                 )
 
     return asyncio.run(run())
+
+
+def served_models(url: str) -> list[str]:
+    """Names that an endpoint lists; raises UserError where it does not answer."""
+
+    async def run() -> list[str]:
+        async with connect(url) as client:
+            return [model.id async for model in client.with_options(max_retries=0).models.list()]
+
+    try:
+        return asyncio.run(run())
+    except OpenAIError as error:
+        raise UserError(
+            f"--url {url}: no OpenAI-compatible endpoint answers there ({error}); it ends in /v1, and OPENAI_API_KEY is "
+            "its key where it wants one"
+        ) from None
 
 
 def connect(url: str) -> AsyncOpenAI:

@@ -17,9 +17,10 @@ from rich.table import Table
 
 from crosslora import cluster
 from crosslora.adapter import read_adapter
+from crosslora.adapter_places import OF_TEACHER
 from crosslora.config import AdapterSource, Base, Config, Task
 from crosslora.errors import UserError
-from crosslora.evaluation.client import ask
+from crosslora.evaluation.client import ask, served_models
 from crosslora.evaluation.evaluate import adapter_folders, model_of, resources_of
 from crosslora.evaluation.harness_tasks import local_tasks
 from crosslora.evaluation.metrics import bootstrap_interval, paired_difference, recovered_gain
@@ -102,11 +103,13 @@ def _of_harness(names: Sequence[str], task_data: Path | None, items: int | None)
 
 
 def evaluate_run(
-    place: str, names: Sequence[str], task_data: Path | None, items: int | None
+    place: str, names: Sequence[str], task_data: Path | None, items: int | None, url: str | None = None
 ) -> dict[str, dict[str, Any]]:
     """Results of every adapter of a finished run, which are also written to RUN/harness/NAME/results.json.
 
-    Raises UserError for a folder that holds no finished run, besides what `find_benchmarks` raises.
+    With `url` an endpoint that runs already is asked, for the models that `crosslora serve RUN --teacher` names.
+    Raises UserError for a folder that holds no finished run, and an endpoint that does not serve it, besides what
+    `find_benchmarks` raises.
     """
     folder, config = RunFolder.open(place), config_of_run(place)
     for source in config.adapters:
@@ -117,24 +120,53 @@ def evaluate_run(
     fewer = find_benchmarks(names, task_data, min(items or most, most))
     by_model = {STUDENT: benchmarks, TARGET_BASE: benchmarks, TEACHER: benchmarks}
     by_model |= dict.fromkeys(config.evaluation.baselines, fewer)
-    with cluster.session(config.cluster):
-        return {source.name: _evaluate(config, source, folder, by_model) for source in config.adapters}
+    results = {}
+    for source in config.adapters:
+        pair = TokenizerPair.load(config.source, config.target)
+        if url is None:
+            with cluster.session(config.cluster):
+                scores = _serve_and_ask(config, source, folder, pair, by_model)
+        else:
+            scores = _ask_served(config, source, pair, by_model, url)
+        by_task = {name: {model: given[name] for model, given in scores.items()} for name in scores[STUDENT]}
+        results[source.name] = {"tasks": {name: _task_result(models) for name, models in by_task.items()}}
+        folder.write_json(f"harness/{source.name}/results.json", results[source.name])
+    return results
 
 
-def _evaluate(
-    config: Config, source: AdapterSource, folder: RunFolder, by_model: dict[str, Benchmarks]
-) -> dict[str, Any]:
-    adapter, pair = read_adapter(source.path), TokenizerPair.load(config.source, config.target)
+def _ask_served(
+    config: Config, source: AdapterSource, pair: TokenizerPair, by_model: dict[str, Benchmarks], url: str
+) -> dict[str, Scores]:
+    """Ask a running endpoint for those of the models that it has."""
+    names = {TEACHER: f"{source.name}{OF_TEACHER}", TARGET_BASE: config.target.name, STUDENT: source.name}
+    served = served_models(url)
+    if missing := [names[model] for model in (TARGET_BASE, STUDENT) if names[model] not in served]:
+        raise UserError(
+            f"--url {url}: does not serve {' and '.join(missing)} (but {', '.join(served) or 'nothing'}); start it with "
+            f"`crosslora serve RUN --teacher`"
+        )
+    sides = {TEACHER: (config.source, pair.teacher)}
+    return {
+        model: _ask_all(url, name, by_model[model], *sides.get(model, (config.target, pair.student)), config)
+        for model, name in names.items()
+        if name in served
+    }
+
+
+def _serve_and_ask(
+    config: Config,
+    source: AdapterSource,
+    folder: RunFolder,
+    pair: TokenizerPair,
+    by_model: dict[str, Benchmarks],
+) -> dict[str, Scores]:
+    adapter = read_adapter(source.path)
     with tempfile.TemporaryDirectory() as temporary:
         exported = folder.sub(f"export/{source.name}")
         folders = adapter_folders(config, adapter, pair, exported, Path(temporary))
         teacher = {TEACHER: folders.pop(TEACHER)}
         scores = _scores(config, config.source, SOURCE_BASE, teacher, by_model, pair.teacher)
-        scores |= _scores(config, config.target, TARGET_BASE, folders, by_model, pair.student)
-    by_task = {name: {model: given[name] for model, given in scores.items()} for name in scores[STUDENT]}
-    results = {"tasks": {name: _task_result(models) for name, models in by_task.items()}}
-    folder.write_json(f"harness/{source.name}/results.json", results)
-    return results
+        return scores | _scores(config, config.target, TARGET_BASE, folders, by_model, pair.student)
 
 
 def _scores(
@@ -146,7 +178,6 @@ def _scores(
     chat: ChatFormat,
 ) -> dict[str, Scores]:
     """Serve one base with its adapters, and put to each of them its benchmarks."""
-    folder, concurrency = resolve(base), config.evaluation.concurrency
     own = by_model[STUDENT].own
     longest = max(
         LONGEST,
@@ -160,21 +191,22 @@ def _scores(
     served = model_of(config, base, base_name, adapters, longest)
     with serve_models([served], resources_of(config)) as endpoint:
         return {
-            model: {
-                **_harness_scores(endpoint.url, model, folder, by_model[model]),
-                **{
-                    task.name: _ask(endpoint.url, model, task, chat, concurrency)
-                    for task in by_model[model].own
-                },
-            }
+            model: _ask_all(endpoint.url, model, by_model[model], base, chat, config)
             for model in endpoint.models
             if model in by_model
         }
 
 
-def _harness_scores(url: str, model: str, folder: str, benchmarks: Benchmarks) -> Scores:
-    samples = ask_harness(url, model, folder, benchmarks)
-    return {name: headline(samples, name) for name in benchmarks.names}
+def _ask_all(
+    url: str, model: str, benchmarks: Benchmarks, base: Base, chat: ChatFormat, config: Config
+) -> Scores:
+    """All tasks, to one model on `base`."""
+    samples = ask_harness(url, model, resolve(base, weights=False), benchmarks)
+    concurrency = config.evaluation.concurrency
+    return {
+        **{name: headline(samples, name) for name in benchmarks.names},
+        **{task.name: _ask(url, model, task, chat, concurrency) for task in benchmarks.own},
+    }
 
 
 def _ask(url: str, model: str, task: Task, chat: ChatFormat, concurrency: int) -> tuple[str, np.ndarray]:
@@ -239,7 +271,9 @@ def _task_result(models: dict[str, tuple[str, np.ndarray]]) -> dict[str, Any]:
             for model, scores in values.items()
         },
         "student_minus_base": dict(zip(("mean", "low", "high"), difference, strict=True)),
-        "rho_teacher": asdict(recovered_gain(values[STUDENT], values[TARGET_BASE], values[TEACHER])),
+        "rho_teacher": asdict(recovered_gain(values[STUDENT], values[TARGET_BASE], values[TEACHER]))
+        if TEACHER in values
+        else None,
     }
 
 
