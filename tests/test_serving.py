@@ -1,21 +1,18 @@
 """One endpoint over tiny models: what it answers, what it refuses, and what it leaves behind."""
 
 import json
-import os
 import random
 import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +24,7 @@ import pytest
 import ray
 import torch
 from openai import AuthenticationError, NotFoundError, OpenAI
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from crosslora import cluster
 from crosslora.config import Base, Cluster
@@ -41,22 +36,26 @@ from crosslora.serving import Model, Resources, serve_models
 from crosslora.text.templates import ChatFormat
 from crosslora.vllm_settings import environment, lora_options
 from tests.browser import PROGRAM, open_page
+from tests.served import (
+    IDS,
+    MODELS,
+    Folders,
+    assert_gone,
+    fuzzed,
+    has_engine,
+    mmlu_is_right,
+    peft_logprobs,
+    peft_model,
+    served_url,
+    serving_processes,
+    started_command,
+)
 from tests.tiny import load_tokenizer, tiny_llama, tiny_lora, write_benchmarks
 
-IDS = [72, 101, 40, 7, 200, 31, 310, 55, 101, 9]
 KEY = "a key"
-MODELS = ["base", "one", "two"]
-ENGINE = ("VLLM::", "multiprocessing.spawn")
-"""vLLM's engine, named and not yet named."""
 MANY = 12
 """Requests in a row that hardly all reach the same one of two replicas."""
 RESOURCES = Resources(threads=1)
-
-
-@dataclass(frozen=True)
-class Folders:
-    base: Path
-    adapters: dict[str, Path]
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,8 @@ def places(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(folders: Folders, places: Path) -> Iterator[Server]:
     """The command, with two adapters, two replicas and a Ray of its own."""
-    with _driver(folders, places, "--replicas=2", CROSSLORA_API_KEY=KEY) as driver:
-        url = _url(driver)
+    with started_command(folders, places, "--replicas=2", CROSSLORA_API_KEY=KEY) as driver:
+        url = served_url(driver)
         said: list[str] = []
         threading.Thread(target=said.extend, args=[driver.stdout], daemon=True).start()
         yield Server(driver, url, OpenAI(base_url=url, api_key=KEY, max_retries=0), said)
@@ -213,7 +212,7 @@ def test_logprobs_in_a_mixed_batch_are_those_of_peft(server: Server, folders: Fo
     """Echo with an adapter also shows that the head is not wrapped for LoRA, which would kill the engine."""
     with ThreadPoolExecutor(24) as pool:
         served = list(pool.map(lambda model: _echoed(server.client, model), MODELS * 8))
-    expected = [_expected(folders, folders.adapters.get(model)) for model in MODELS]
+    expected = [peft_logprobs(folders, folders.adapters.get(model)) for model in MODELS]
     for row, reference in zip(served, expected * 8, strict=True):
         torch.testing.assert_close(row, reference, atol=2e-4, rtol=0)
     base, one, two = served[:3]
@@ -231,7 +230,7 @@ def test_the_harness_gives_the_likelihoods_of_peft(
     scores = {name: headline(samples, name) for name in benchmarks.names}
     assert [(metric, len(values)) for metric, values in scores.values()] == [("acc", 6), ("exact_match", 2)]
     (task,) = benchmarks.definitions[:1]
-    expected = [_mmlu_is_right(folders, row) for row in task["custom_dataset"]()["test"]]
+    expected = [mmlu_is_right(folders, row) for row in task["custom_dataset"]()["test"]]
     assert scores["mmlu"][1].tolist() == expected
 
 
@@ -280,7 +279,7 @@ def test_references_are_as_likely_as_peft_says(
     chat = ChatFormat(load_tokenizer(folders.base))
     items = [Item("Play the new album", '{"year": "1959"}'), Item("x", "Grüße")]
     served = reference_nats(server.url, "one", items, chat, 2)
-    model = _peft(folders, folders.adapters["one"])
+    model = peft_model(folders, folders.adapters["one"])
     for item, nats in zip(items, served, strict=True):
         prompt, answer = chat.prompt_ids(item.prompt), answer_ids(item, chat)
         with torch.inference_mode():
@@ -295,7 +294,7 @@ def test_no_request_brings_it_down(server: Server) -> None:
     generator = random.Random(0)
     with ThreadPoolExecutor(32) as pool:
         codes = Counter(
-            pool.map(lambda body: _status(server, body), [_fuzzed(generator) for _ in range(2000)])
+            pool.map(lambda body: _status(server, body), [fuzzed(generator) for _ in range(2000)])
         )
     assert set(codes) <= {200, 400, 404} and codes[200] > 500, codes
     assert {model.id for model in server.client.models.list()} == set(MODELS)
@@ -310,7 +309,9 @@ def test_adapters_come_and_go_on_all_replicas(
     three = tiny_lora(tmp_path / "three", folders.base, 3)
     shutil.copytree(three, places / "three")
     _until(lambda: all(_serves(server, "three") for _ in range(MANY)))
-    torch.testing.assert_close(_echoed(server.client, "three"), _expected(folders, three), atol=2e-4, rtol=0)
+    torch.testing.assert_close(
+        _echoed(server.client, "three"), peft_logprobs(folders, three), atol=2e-4, rtol=0
+    )
     stream = server.client.completions.create(
         model="three", prompt=IDS, max_tokens=400, temperature=0, stream=True, extra_body={"ignore_eos": True}
     )
@@ -345,9 +346,9 @@ def test_no_answer_is_of_another_model_while_one_is_replaced(
     """Adapter `two` becomes another one, and itself again, while 32 clients ask."""
     new = tiny_lora(tmp_path / "new", folders.base, 5)
     expected = {
-        "base": [_expected(folders, None)],
-        "one": [_expected(folders, places / "one")],
-        "two": [_expected(folders, folders.adapters["two"]), _expected(folders, new)],
+        "base": [peft_logprobs(folders, None)],
+        "one": [peft_logprobs(folders, places / "one")],
+        "two": [peft_logprobs(folders, folders.adapters["two"]), peft_logprobs(folders, new)],
     }
 
     def ask(number: int) -> int:
@@ -369,9 +370,9 @@ def test_no_answer_is_of_another_model_while_one_is_replaced(
 @pytest.mark.slow
 def test_clients_that_retry_lose_nothing_with_a_replica(server: Server, folders: Folders) -> None:
     client = server.client.with_options(max_retries=10)
-    expected = {"base": _expected(folders, None)}
-    expected |= {name: _expected(folders, path) for name, path in folders.adapters.items()}
-    replicas = [p for p, name in _serving_processes().items() if "ray::ServeReplica" in name]
+    expected = {"base": peft_logprobs(folders, None)}
+    expected |= {name: peft_logprobs(folders, path) for name, path in folders.adapters.items()}
+    replicas = [p for p, name in serving_processes().items() if "ray::ServeReplica" in name]
     assert len(replicas) == 2
     with ThreadPoolExecutor(16) as pool:
         answers = pool.map(lambda number: _echoed(client, MODELS[number % 3]), range(1000))
@@ -379,7 +380,7 @@ def test_clients_that_retry_lose_nothing_with_a_replica(server: Server, folders:
         for number, answer in enumerate(answers):
             assert _close(answer, expected[MODELS[number % 3]])
     deadline = time.monotonic() + 180
-    while sum("ray::ServeReplica" in name for name in _serving_processes().values()) < 2:
+    while sum("ray::ServeReplica" in name for name in serving_processes().values()) < 2:
         assert time.monotonic() < deadline, "no new replica"
         time.sleep(1)
 
@@ -397,11 +398,11 @@ def test_a_second_server_on_the_cluster_is_refused(server: Server, folders: Fold
 
 @pytest.mark.real
 def test_nothing_is_left_after_ctrl_c(server: Server) -> None:
-    started = _serving_processes()
-    assert _has_engine(started)
+    started = serving_processes()
+    assert has_engine(started)
     server.driver.send_signal(signal.SIGINT)
     assert server.driver.wait(60) == 0
-    _assert_gone(started)
+    assert_gone(started)
 
 
 @pytest.mark.real
@@ -410,85 +411,36 @@ def test_nothing_is_left_when_the_driver_is_killed(folders: Folders) -> None:
     """Killed while vLLM starts, on a cluster that goes on: there the actors of Ray Serve would outlive their driver."""
     with (
         cluster.session(Cluster()),
-        _driver(
+        started_command(
             folders, folders.adapters["one"], RAY_ADDRESS=ray.get_runtime_context().gcs_address
         ) as driver,
     ):
-        while not _has_engine(started := _serving_processes()):
+        while not has_engine(started := serving_processes()):
             assert driver.poll() is None
             time.sleep(0.1)
         driver.kill()
-        _assert_gone(started)
-        assert not _serving_processes()
+        assert_gone(started)
+        assert not serving_processes()
 
 
 @pytest.mark.real
 @pytest.mark.slow
 def test_no_engine_is_left_when_ray_breaks(folders: Folders) -> None:
     """Without its head process Ray ends its actors, but not their children."""
-    with _driver(folders, folders.adapters["one"]) as driver:
-        _url(driver)
-        started = _serving_processes()
-        assert _has_engine(started)
+    with started_command(folders, folders.adapters["one"]) as driver:
+        served_url(driver)
+        started = serving_processes()
+        assert has_engine(started)
         for process in psutil.Process(driver.pid).children():
             if "gcs_server" in process.name():
                 process.kill()
         time.sleep(2)
         driver.kill()
-        _assert_gone(started)
-
-
-@contextmanager
-def _driver(
-    folders: Folders, place: Path, *options: str, **environment: str
-) -> Iterator[subprocess.Popen[str]]:
-    """`crosslora serve` with tiny adapters, in a process of its own."""
-    fixed = [f"--base={folders.base}", "--dtype=float32", "--max-model-len=512", "--threads=1", "--port=0"]
-    command = [sys.executable, "-m", "crosslora", "serve", str(place), *fixed, *options]
-    with subprocess.Popen(
-        command,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+        assert_gone(started)
 
 
 def _model(base: Path, *adapters: Path) -> Model:
     return Model.of_folders(Base(base=str(base)), "base", adapters, "float32", 256)
-
-
-def _url(driver: subprocess.Popen[str]) -> str:
-    """Wait until the command says where it serves."""
-    assert driver.stdout is not None
-    for line in driver.stdout:
-        if found := re.search(r"http://\S+/v1", line):
-            return found[0]
-    raise AssertionError("the command ended before it served")
-
-
-def _echoed(client: OpenAI, model: str) -> torch.Tensor:
-    answer = client.completions.create(
-        model=model, prompt=IDS, max_tokens=1, echo=True, logprobs=1, temperature=0
-    )
-    logprobs: Any = answer.choices[0].logprobs
-    return torch.tensor(logprobs.token_logprobs[1 : len(IDS)])
-
-
-def _expected(folders: Folders, adapter: Path | None) -> torch.Tensor:
-    """log p of IDS[1:] with transformers and PEFT in float32."""
-    with torch.no_grad():
-        logprobs = _peft(folders, adapter)(torch.tensor([IDS])).logits[0].log_softmax(-1)
-    return logprobs[:-1].gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
-
-
-def _peft(folders: Folders, adapter: Path | None) -> Any:
-    base = AutoModelForCausalLM.from_pretrained(folders.base, dtype=torch.float32)
-    return base if adapter is None else PeftModel.from_pretrained(base, adapter)
 
 
 def _said(client: OpenAI, model: str, prompt: str, max_tokens: int = 5) -> str:
@@ -497,53 +449,6 @@ def _said(client: OpenAI, model: str, prompt: str, max_tokens: int = 5) -> str:
         model=model, messages=messages, max_tokens=max_tokens, temperature=0
     )
     return answer.choices[0].message.content or ""
-
-
-def _fuzzed(generator: random.Random) -> dict[str, Any]:
-    """A completion or a chat with some of the known fields."""
-    text = "".join(
-        chr(generator.choice([0, 10, 34, 97, 233, 0x4E2D, 0x1F600])) for _ in range(generator.randrange(20))
-    )
-    values: dict[str, list[Any]] = {
-        "temperature": [0, 0.7, 10, -1, 1e300],
-        "top_p": [1, 1e-9, 0, 0.5],
-        "top_k": [-1, 0, 1, 5, 10**6],
-        "seed": [0, 1, 2**62, -1],
-        "n": [1, 2, 16, 17],
-        "stop": ["a", "", [], ["b", text], [""]],
-        "stop_token_ids": [[], [0], [2**31 - 1]],
-        "min_tokens": [0, 1, 5, 10**6],
-        "repetition_penalty": [1, 0.1, 10, 0],
-        "presence_penalty": [-2, 2, 3],
-        "frequency_penalty": [-2, 0.5],
-        "ignore_eos": [True, False, 1],
-        "return_token_ids": [True],
-        "stream": [True, False],
-        "user": [text],
-    }
-    body: dict[str, Any] = {"model": generator.choice([*MODELS, *MODELS, "none", ""])}
-    body["max_tokens"] = generator.choice([0, 1, 2, 3, 4])
-    if generator.random() < 0.5:
-        body["messages"] = [{"role": "user", "content": text}] * generator.choice([0, 1, 1, 2])
-        values |= {"logprobs": [True, False], "top_logprobs": [0, 20, 21]}
-    else:
-        body["prompt"] = generator.choice(
-            [text, IDS, [IDS, IDS], [text, "x"], [], [[]], [2**31 - 1], [399] * 600]
-        )
-        values |= {"logprobs": [0, 5, 20, 21], "echo": [True, False]}
-    for name in generator.sample(sorted(values), generator.randrange(4)):
-        body[name] = generator.choice(values[name])
-    return body
-
-
-def _status(server: Server, body: dict[str, Any]) -> int:
-    route = "chat/completions" if "messages" in body else "completions"
-    headers = {"Authorization": f"Bearer {KEY}"}
-    return httpx.post(f"{server.url}/{route}", json=body, headers=headers, timeout=120).status_code
-
-
-def _close(row: torch.Tensor, reference: torch.Tensor) -> bool:
-    return torch.allclose(row, reference, atol=2e-4, rtol=0)
 
 
 def _serves(server: Server, model: str) -> bool:
@@ -561,49 +466,19 @@ def _until(holds: Callable[[], bool]) -> None:
         assert time.monotonic() < deadline, "not within 10 s"
 
 
-def _mmlu_is_right(folders: Folders, row: dict[str, Any]) -> float:
-    """Whether adapter `one` prefers the right letter, with transformers and PEFT in float32."""
-    tokenizer = load_tokenizer(folders.base)
-    choices = "".join(f"{letter}. {text}\n" for letter, text in zip("ABCD", row["choices"], strict=True))
-    subject = f"The following are multiple choice questions (with answers) about {row['subject']}."
-    prompt = f"{subject}\n\n{row['question']}\n{choices}Answer:"
-    model = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(folders.base, dtype=torch.float32), folders.adapters["one"]
+def _status(server: Server, body: dict[str, Any]) -> int:
+    route = "chat/completions" if "messages" in body else "completions"
+    headers = {"Authorization": f"Bearer {KEY}"}
+    return httpx.post(f"{server.url}/{route}", json=body, headers=headers, timeout=120).status_code
+
+
+def _close(row: torch.Tensor, reference: torch.Tensor) -> bool:
+    return torch.allclose(row, reference, atol=2e-4, rtol=0)
+
+
+def _echoed(client: OpenAI, model: str) -> torch.Tensor:
+    answer = client.completions.create(
+        model=model, prompt=IDS, max_tokens=1, echo=True, logprobs=1, temperature=0
     )
-    context = tokenizer(prompt)["input_ids"]
-    likelihoods = []
-    for letter in "ABCD":
-        ids = torch.tensor([tokenizer(f"{prompt} {letter}")["input_ids"]])
-        with torch.no_grad():
-            logprobs = model(ids).logits[0, :-1].log_softmax(-1)
-        own = logprobs.gather(1, ids[0, 1:, None])[len(context) - 1 :]
-        likelihoods.append(float(own.sum()))
-    return float(likelihoods.index(max(likelihoods)) == row["answer"])
-
-
-def _serving_processes() -> dict[psutil.Process, str]:
-    """Ray Serve's actors and vLLM's processes below this one."""
-    found = {}
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            found[process] = " ".join(process.cmdline())
-    marks = (*ENGINE, "ray::Serve", "ray::Proxy")
-    return {process: name for process, name in found.items() if any(mark in name for mark in marks)}
-
-
-def _has_engine(processes: dict[psutil.Process, str]) -> bool:
-    return any(mark in name for name in processes.values() for mark in ENGINE)
-
-
-def _assert_gone(processes: dict[psutil.Process, str]) -> None:
-    deadline = time.monotonic() + 30
-    while left := [name for process, name in processes.items() if _alive(process)]:
-        assert time.monotonic() < deadline, f"still there after 30 s: {left}"
-        time.sleep(0.2)
-
-
-def _alive(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    logprobs: Any = answer.choices[0].logprobs
+    return torch.tensor(logprobs.token_logprobs[1 : len(IDS)])
