@@ -133,7 +133,21 @@ def worker(point: Point) -> dict[str, Any]:
         engine.backward(summed_loss(hidden, rows, engine.module.logits, vocabulary) / len(rows))
         engine.step()
     learned = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
-    return {"peak": peak.bytes(), "learned": learned, "seconds": time.monotonic() - started}
+    return {
+        "peak": peak.bytes(),
+        "learned": learned,
+        "shares": _shares(engine) if point.zero_stage == 3 else None,
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _shares(engine: Any) -> dict[str, int]:
+    """Bytes of this worker's shares of what ZeRO-3 divides: the weights, and what Adam keeps of the learned numbers."""
+    weights = sum(p.ds_tensor.nbytes for p in engine.module.parameters() if not p.requires_grad)
+    values = engine.optimizer.fp32_partitioned_groups_flat
+    states = engine.optimizer.optimizer.state.values()
+    moments = [t for state in states for t in state.values() if isinstance(t, torch.Tensor) and t.ndim]
+    return {"weights": weights, "learned": sum(t.nbytes for t in [*values, *moments])}
 
 
 def _rows(count: int, vocabulary: int, device: torch.device) -> Rows:
@@ -146,11 +160,12 @@ def _rows(count: int, vocabulary: int, device: torch.device) -> Rows:
     )
 
 
-def measure(point: Point) -> dict[str, Any]:
+def run(point: Point) -> list[dict[str, Any]]:
+    """What every worker reports."""
     port = free_port("127.0.0.1", 0)
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, "--worker", json.dumps(asdict(point))],
+            [sys.executable, HERE / "memory.py", "--worker", json.dumps(asdict(point))],
             stdout=subprocess.PIPE,
             text=True,
             env={
@@ -171,7 +186,11 @@ def measure(point: Point) -> dict[str, Any]:
     outputs = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
         raise RuntimeError(f"{point}: a worker failed, see above")
-    workers = [json.loads(output.splitlines()[-1]) for output in outputs]
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def measure(point: Point) -> dict[str, Any]:
+    workers = run(point)
     measured = max(result["peak"] for result in workers)
     counted = count(point, workers[0]["learned"])
     ratio = counted["total"] / measured

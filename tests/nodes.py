@@ -69,8 +69,16 @@ class Nodes:
 
     def begin_job(self, *command: str | Path) -> "subprocess.Popen[bytes]":
         """`ray job submit`, which ends with the job and fails with it."""
-        arguments = [*self._ray, "job", "submit", "--working-dir", ".", "--", *command]
+        self._last_job = f"job-{uuid.uuid4().hex}"
+        options = ["--working-dir", ".", "--submission-id", self._last_job]
+        arguments = [*self._ray, "job", "submit", *options, "--", *command]
         return subprocess.Popen(arguments, env=self._environment, cwd=ROOT)
+
+    def stop_job(self) -> None:
+        """`ray job stop` for the last one."""
+        subprocess.run(
+            [*self._ray, "job", "stop", self._last_job], env=self._environment, cwd=ROOT, check=True
+        )
 
     def serve(self, *arguments: str | Path) -> None:
         """Ray Serve's own command, `serve`."""

@@ -196,6 +196,30 @@ def test_a_replica_is_lost_in_evaluation(
 
 
 @pytest.mark.slow
+def test_a_stopped_job_goes_on(
+    early_shards: dict[int, str], nodes: Nodes, config_file: Path, store: str
+) -> None:
+    command = ["python", "ray_jobs/export.py", "--config", config_file, "cluster.address=auto"]
+    command += [f"run={store}/stopped", "synthesis.samples=1200", "fit.steps=20"]
+    stopped, seen = RunFolder.open(f"{store}/stopped"), []
+    for stage, event in (("synthesize", "shard"), ("fit", "step")):
+        job = nodes.begin_job(*command)
+        until(
+            lambda stage=stage, event=event: (  # type: ignore[misc]
+                any(e["event"] == event for e in events(stopped, stage)) or job.poll() is not None  # noqa: B023
+            ),
+            300,
+        )
+        nodes.stop_job()
+        assert job.wait() != 0
+        seen.append(shards(stopped))
+    nodes.job(*command)
+    assert seen[0].items() <= seen[1].items() and shards(stopped) == seen[1]
+    assert len(seen[1]) == 1200 // SHARD
+    assert list(stage_states(stopped).values()) == ["done"] * 4 + ["not started"]
+
+
+@pytest.mark.slow
 def test_speed_is_measured_as_a_job(nodes: Nodes, config_file: Path, store: str) -> None:
     job = [
         "python",
