@@ -30,7 +30,7 @@ SHIPPED = {
 SYNTHESIS = {"samples": 1500, "prompt_temperature": 0.8, "max_response_tokens": 128}
 """The demo's. What is not here or in a task is the default of a transfer."""
 BATCH = 4
-SEEDLESS = ("target_base", "teacher", "crop")
+SEEDLESS = ("target_base", "teacher", "crop", "cross_lora")
 """Methods that a random seed does not change."""
 
 

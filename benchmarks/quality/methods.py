@@ -9,23 +9,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import crosslora
+from benchmarks.quality import closed
 from benchmarks.quality.answers import alone
 from benchmarks.quality.cells import BATCH, WORK, Cell
 from benchmarks.quality.distil import PlainLora, distil
 from benchmarks.quality.tasks import Row
 from benchmarks.train_adapter import Recipe, conversations, mean_loss, save, train
-from crosslora.adapter import read_adapter, write_adapter
+from crosslora.adapter import LoraFactors, read_adapter, write_adapter
 from crosslora.config import Base, Config, Prompts
 from crosslora.evaluation.baselines import baseline
 from crosslora.models import load_format, resolve
 from crosslora.projection.build import Transfer, build_transfer
 from crosslora.run_folder import RunFolder
+from crosslora.teacher.corpus import read_corpus
 from crosslora.text.pair import TokenizerPair
 
 Report = dict[str, Any]
 SOURCE_STEPS = 600
 ORACLE_RATES = (5e-4, 1e-3, 2e-3)
+ALIGNED = 200
+"""Conversations whose activations are aligned."""
 VALIDATION = 100
 """Training rows that only choose the oracle's learning rate."""
 
@@ -144,8 +150,6 @@ def _minutes(run: RunFolder, stage: str) -> float:
 
 def _verbatim(cell: Cell, run: RunFolder) -> Report:
     """How many of the corpus's prompts stand in the task's own rows, word for word."""
-    from crosslora.teacher.corpus import read_corpus
-
     train, held_out = read_corpus(run, *corpus_stages(cell))
     prompts = {sample.prompt.strip() for sample in [*train, *held_out]}
     training, test = ({row["prompt"].strip() for row in rows} for rows in cell.rows)
@@ -201,13 +205,52 @@ def _distilled(cell: Cell, build: Callable[[Transfer, int], Any], cross_entropy:
 
 def untrained(cell: Cell) -> Report:
     """`random`, `crop` and `closed_form` as an evaluation makes them."""
-    config, adapter = cell.config(), read_adapter(cell.source_adapter)
-    pair = TokenizerPair.load(config.source, config.target)
-    transfer = build_transfer(adapter, config.source, config.target, pair, cell.random_seed)
-    folders = resolve(config.source), resolve(config.target)
-    factors = baseline(cell.method, transfer, *folders, cell.random_seed)
-    write_adapter(cell.folder, factors, config.target.base)
+    source_base, target = cell.bases
+    folders = resolve(source_base), resolve(target)
+    write_adapter(
+        cell.folder, baseline(cell.method, _transfer(cell), *folders, cell.random_seed), target.base
+    )
     return {}
+
+
+def cross_lora(cell: Cell) -> Report:
+    return _closed(cell, _cross_lora)
+
+
+def cross_lora_signs(cell: Cell) -> Report:
+    return _closed(cell, _cross_lora_signs)
+
+
+def procrustes(cell: Cell) -> Report:
+    """On the activations of the corpus that the trained methods share."""
+    crosslora.transfer(cell.config(), until="filter")
+    return _closed(cell, _procrustes)
+
+
+def _closed(cell: Cell, make: Callable[[Cell], dict[str, LoraFactors]]) -> Report:
+    write_adapter(cell.folder, alone(make, cell), cell.bases[1].base)
+    return {}
+
+
+def _cross_lora(cell: Cell) -> dict[str, LoraFactors]:
+    return closed.cross_lora(_transfer(cell), *cell.bases, None)
+
+
+def _cross_lora_signs(cell: Cell) -> dict[str, LoraFactors]:
+    return closed.cross_lora(_transfer(cell), *cell.bases, torch.Generator().manual_seed(cell.random_seed))
+
+
+def _procrustes(cell: Cell) -> dict[str, LoraFactors]:
+    transfer, pair = _transfer(cell), TokenizerPair.load(*cell.bases)
+    train, _ = read_corpus(RunFolder.open(cell.config().run), *corpus_stages(cell))
+    texts = [f"{sample.prompt}\n{sample.response}" for sample in train[:ALIGNED]]
+    maps = closed.activation_maps(transfer, *cell.bases, pair, texts)
+    return transfer.untrained(maps).lora_factors()
+
+
+def _transfer(cell: Cell) -> Transfer:
+    adapter, pair = read_adapter(cell.source_adapter), TokenizerPair.load(*cell.bases)
+    return build_transfer(adapter, *cell.bases, pair, cell.random_seed)
 
 
 METHODS: dict[str, Callable[[Cell], Report]] = {
@@ -223,4 +266,7 @@ METHODS: dict[str, Callable[[Cell], Report]] = {
     "random": untrained,
     "crop": untrained,
     "closed_form": untrained,
+    "cross_lora": cross_lora,
+    "cross_lora_signs": cross_lora_signs,
+    "procrustes": procrustes,
 }
