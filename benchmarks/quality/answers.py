@@ -56,6 +56,31 @@ def greedy(base: Base, adapter: Path | None, rows: Sequence[Row], max_tokens: in
     return [Answer(choice.text, choice.finish_reason == "stop") for choice in chosen]
 
 
+def plain_prompts(base: Base, count: int, random_seed: int) -> list[str]:
+    """First lines that the base alone writes in the user's place of its chat format."""
+    from crosslora.vllm_settings import environment
+
+    os.environ |= environment(len(os.sched_getaffinity(0)))
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    from crosslora.models import load_format, resolve
+
+    folder = resolve(base)
+    chat = load_format(folder, base)
+    llm = LLM(folder, dtype="bfloat16", max_model_len=512, enforce_eager=True, disable_log_stats=True)
+    params = SamplingParams(
+        temperature=0.8,
+        max_tokens=96,
+        stop=["\n"],
+        stop_token_ids=sorted(chat.user_stop_ids),
+        seed=random_seed,
+        n=count,
+    )
+    (output,) = llm.generate([TokensPrompt(prompt_token_ids=chat.pre_query_ids)], params, use_tqdm=False)
+    written = (choice.text.strip() for choice in output.outputs if choice.finish_reason == "stop")
+    return list(dict.fromkeys(text for text in written if text))
+
+
 @torch.inference_mode()
 def nats(base: Base, adapter: Path | None, rows: Sequence[Row]) -> list[float]:
     """Mean nats per byte of each reference answer, its end included, teacher-forced in the model's own chat format.

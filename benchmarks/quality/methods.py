@@ -13,7 +13,7 @@ import torch
 
 import crosslora
 from benchmarks.quality import closed
-from benchmarks.quality.answers import alone
+from benchmarks.quality.answers import alone, plain_prompts
 from benchmarks.quality.cells import BATCH, WORK, Cell
 from benchmarks.quality.distil import PlainLora, distil
 from benchmarks.quality.tasks import Row
@@ -121,6 +121,22 @@ def five_seeds(cell: Cell) -> Report:
     synthesis = config.synthesis.model_copy(update={"prompts": prompts})
     return _transferred(
         cell, config.model_copy(update={"run": f"{config.run}-five-seeds", "synthesis": synthesis})
+    )
+
+
+def generic(cell: Cell) -> Report:
+    """The product with prompts of no domain, which the source base alone writes: what any fine-tuning on the teacher's
+    answers would bring."""
+    config = cell.config()
+    file = WORK / "data" / f"{cell.direction}-generic-{cell.random_seed}.jsonl"
+    if not file.exists():
+        written = alone(plain_prompts, cell.bases[0], 2 * config.synthesis.samples, cell.random_seed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in written))
+    prompts = Prompts(self=0, file=1, prompts_file=file)
+    synthesis = config.synthesis.model_copy(update={"prompts": prompts})
+    return _transferred(
+        cell, config.model_copy(update={"run": f"{config.run}-generic", "synthesis": synthesis})
     )
 
 
@@ -258,6 +274,7 @@ METHODS: dict[str, Callable[[Cell], Report]] = {
     "teacher": teacher,
     "default": default,
     "five_seeds": five_seeds,
+    "generic": generic,
     "oracle": oracle,
     "plain_kl": plain_kl,
     "plain_ce": plain_ce,
