@@ -15,6 +15,7 @@ import ray
 import yaml
 from jinja2 import Environment, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
@@ -88,12 +89,13 @@ def serve(settings: Settings, host: str, port: int, api_key: str | None) -> None
 
 def _tell(shelf: Any) -> None:
     """Say what comes and goes."""
-    known = len(shelf.news.remote(0).result())
+    last = time.time_ns()
     while True:
         time.sleep(1)
-        for line in shelf.news.remote(known).result():
-            known += 1
-            say(line)
+        with suppress(RayError):  # Ray Serve starts a shelf that was lost again
+            for when, line in shelf.news.remote(last).result():
+                last = when
+                say(line)
 
 
 def models(settings: Settings) -> list[Model]:

@@ -39,7 +39,8 @@ class Shelf:
         """Why a replica cannot serve an adapter."""
         self._coming: dict[str, int] = {}
         """Adapters that not all replicas serve yet, and since which version they should."""
-        self._news: list[str] = []
+        self._news: list[tuple[int, str]] = []
+        """When, in nanoseconds, and what."""
         watch = Watch(places, rules)
         await self._apply(watch.look())
         self._looking = asyncio.create_task(self._look_on(watch))
@@ -68,15 +69,18 @@ class Shelf:
         for name in [name for name, since in self._coming.items() if since <= slowest]:
             del self._coming[name]
             reason = self._refused.get(name)
-            self._news.append(f"serving {name}" if reason is None else f"not serving {name}: {reason}")
+            self._tell(f"serving {name}" if reason is None else f"not serving {name}: {reason}")
 
     async def refused(self) -> dict[str, str]:
         """Adapters that were found and are not served, and why."""
         return self._refused
 
-    async def news(self, known: int) -> list[str]:
-        """What came and went, without the first `known` lines."""
-        return self._news[known:]
+    async def news(self, after: int) -> list[tuple[int, str]]:
+        """What came and went after a time in nanoseconds."""
+        return [(when, line) for when, line in self._news if when > after]
+
+    def _tell(self, line: str) -> None:
+        self._news.append((time.time_ns(), line))
 
     async def _look_on(self, watch: Watch) -> None:
         while True:
@@ -106,6 +110,6 @@ class Shelf:
             self._coming[name] = self._version
         elif change.problem is not None:
             self._refused[name] = change.problem
-            self._news.append(f"not serving {name}: {change.problem}")
+            self._tell(f"not serving {name}: {change.problem}")
         elif was_served:
-            self._news.append(f"no longer serving {name}")
+            self._tell(f"no longer serving {name}")

@@ -368,21 +368,32 @@ def test_no_answer_is_of_another_model_while_one_is_replaced(
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_clients_that_retry_lose_nothing_with_a_replica(server: Server, folders: Folders) -> None:
+def test_clients_that_retry_lose_nothing_with_a_replica(
+    server: Server, folders: Folders, places: Path
+) -> None:
+    """Nor with the shelf that the replicas wait at."""
     client = server.client.with_options(max_retries=10)
     expected = {"base": peft_logprobs(folders, None)}
     expected |= {name: peft_logprobs(folders, path) for name, path in folders.adapters.items()}
-    replicas = [p for p, name in serving_processes().items() if "ray::ServeReplica" in name]
-    assert len(replicas) == 2
+
+    def replicas(of: str) -> list[psutil.Process]:
+        return [p for p, name in serving_processes().items() if f"ray::ServeReplica:crosslora:{of}" in name]
+
+    assert len(replicas("vllm-0")) == 2
     with ThreadPoolExecutor(16) as pool:
         answers = pool.map(lambda number: _echoed(client, MODELS[number % 3]), range(1000))
-        replicas[0].kill()
+        replicas("vllm-0")[0].kill()
+        replicas("shelf-0")[0].kill()
         for number, answer in enumerate(answers):
             assert _close(answer, expected[MODELS[number % 3]])
     deadline = time.monotonic() + 180
-    while sum("ray::ServeReplica" in name for name in serving_processes().values()) < 2:
+    while len(replicas("vllm-0")) < 2 or not replicas("shelf-0"):
         assert time.monotonic() < deadline, "no new replica"
         time.sleep(1)
+    _until(lambda: all(_serves(server, model) for model in MODELS for _ in range(MANY)), seconds=60)
+    tiny_lora(places / "late", folders.base, 6)
+    _until(lambda: all(_serves(server, "late") for _ in range(MANY)))
+    shutil.rmtree(places / "late")
 
 
 @pytest.mark.real
@@ -460,10 +471,10 @@ def _serves(server: Server, model: str) -> bool:
     return True
 
 
-def _until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+def _until(holds: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, "not within 10 s"
+        assert time.monotonic() < deadline, f"not within {seconds} s"
 
 
 def _status(server: Server, body: dict[str, Any]) -> int:
