@@ -170,7 +170,7 @@ def run(point: Point) -> list[dict[str, Any]]:
             text=True,
             env={
                 **os.environ,
-                **cluster.KEEP_FREED_MEMORY,
+                **cluster.fit_environment(point.zero_stage),
                 "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // point.workers, 1)),
                 "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
                 "RANK": str(rank),

@@ -24,8 +24,19 @@ KEEP_FREED_MEMORY = {
 }
 """Environment of a process that computes on CPU: glibc gives every chunk of logits back to the kernel and asks for it
 again, zeroed. A fit worker spent most of its time there, vLLM a tenth."""
+LARGE_BLOCK = 32 << 20
+"""Bytes."""
 _started_here = False
 """Whether the cluster lives in this process: then it never gets more nodes."""
+
+
+def fit_environment(zero_stage: int) -> dict[str, str]:
+    """KEEP_FREED_MEMORY for a fit worker. ZeRO-3 gathers and frees every weight again and again: large blocks go back to
+    the kernel there, or the heap would be full of holes of their size (Gemma 3 270M took seven times its own)."""
+    if zero_stage < 3:
+        return KEEP_FREED_MEMORY
+    kept = {name: value for name, value in KEEP_FREED_MEMORY.items() if name != "MALLOC_MMAP_MAX_"}
+    return {**kept, "MALLOC_MMAP_THRESHOLD_": str(LARGE_BLOCK)}
 
 
 @contextmanager

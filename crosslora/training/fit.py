@@ -115,7 +115,7 @@ def _run_config(config: Config, stage: Stage, cpus: int, accelerator: str) -> Ru
             "env_vars": {
                 "OMP_NUM_THREADS": str(cpus),
                 "DS_ACCELERATOR": accelerator,
-                **cluster.KEEP_FREED_MEMORY,
+                **cluster.fit_environment(config.fit.zero_stage),
             }
         },
     )
