@@ -161,6 +161,18 @@ class Board:
         return events
 
 
+@contextmanager
+def board() -> Iterator[Any]:
+    """A Board that ends with the block."""
+    import ray
+
+    actor = beside_driver(Board)
+    try:
+        yield actor
+    finally:
+        ray.kill(actor)
+
+
 def beside_driver(actor_class: type, *arguments: Any) -> Any:
     """An actor on this process's node: it is lost with this process, not with some other node."""
     import ray

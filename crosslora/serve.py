@@ -15,7 +15,6 @@ import ray
 import yaml
 from jinja2 import Environment, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
@@ -84,18 +83,16 @@ def serve(settings: Settings, host: str, port: int, api_key: str | None) -> None
         )
         print("adapters may come, change and go in these places meanwhile; Ctrl-C stops it", flush=True)
         with suppress(KeyboardInterrupt):
-            _tell(endpoint.shelf)
+            _tell(endpoint.board)
 
 
-def _tell(shelf: Any) -> None:
+def _tell(board: Any) -> None:
     """Say what comes and goes."""
-    last = time.time_ns()
     while True:
         time.sleep(1)
-        with suppress(RayError):  # Ray Serve starts a shelf that was lost again
-            for when, line in shelf.news.remote(last).result():
-                last = when
-                say(line)
+        for event in ray.get(board.take.remote()):
+            why = f": {event['why']}" if event["why"] else ""
+            say(f"{event['event']} {event['adapter']}{why}")
 
 
 def models(settings: Settings) -> list[Model]:

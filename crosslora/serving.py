@@ -23,7 +23,7 @@ from crosslora.config import Base, Cluster
 from crosslora.errors import UserError
 from crosslora.models import resolve
 from crosslora.replica import MAX_SEQUENCES, BesideEngine, FrontEngine
-from crosslora.shelf import Shelf
+from crosslora.shelf import REFUSED, Shelf
 from crosslora.vllm_settings import environment, lora_options
 
 CPU_BATCHED_TOKENS = 512
@@ -83,7 +83,8 @@ class Endpoint:
     url: str
     models: list[str]
     """The names that requests may use when it starts; the base first."""
-    shelf: Any
+    board: Any
+    """On which the shelves say what comes and goes later."""
 
 
 def limits(folders: Sequence[Path]) -> dict[str, Any]:
@@ -102,9 +103,12 @@ def build(
     resources: Resources,
     api_key: str | None = None,
     lifeline: tuple[str, int] | None = None,
-    shelf_resources: dict[str, float] | None = None,
+    board: Any = None,
 ) -> Any:
-    """The Ray Serve application: an engine for the first model that takes all requests, and one for a second."""
+    """The Ray Serve application: an engine for the first model that takes all requests, and one for a second.
+
+    `lifeline` and `board` belong to the program that starts it here, ends it, and has the places on its own disk.
+    """
     cpus = resources.threads or cluster.cpus_beside(resources.num_gpus, resources.at_least * len(models))
     actor = {
         "num_cpus": cpus,
@@ -119,8 +123,8 @@ def build(
         shelf: Any = Shelf
         shelf = shelf.options(
             name=f"shelf-{number}",
-            ray_actor_options={"num_cpus": 0, "resources": shelf_resources or {}},
-        ).bind(model.places, model.rules)
+            ray_actor_options={"num_cpus": 0, "resources": cluster.this_node() if lifeline else {}},
+        ).bind(model.places, model.rules, board)
         kind: Any = BesideEngine if number else FrontEngine
         engine = kind.options(name=f"vllm-{number}", ray_actor_options=actor, **scale)
         arguments = [_vllm_options(model, resources.num_gpus, api_key), shelf, lifeline]
@@ -174,22 +178,15 @@ def serve_models(
     free_port(host, port)  # said before anything heavy starts; Ray may take a port before it is used below
     for model in models:
         resolve(model.base, weights=False)
-    with cluster.session(Cluster()), _lifeline() as lifeline:
-        app = build(models, resources, api_key, lifeline, cluster.this_node())
+    with cluster.session(Cluster()), _lifeline() as lifeline, cluster.board() as board:
+        app = build(models, resources, api_key, lifeline, board)
         _require(resources, len(models))
         with _running(app, models, host, free_port(host, port)) as url:
-            shelves = [serve.get_deployment_handle(f"shelf-{n}", APPLICATION) for n in range(len(models))]
-            names = [
-                name for model, shelf in zip(models, shelves, strict=True) for name in _names(model, shelf)
-            ]
-            yield Endpoint(url, names, shelves[0])
-
-
-def _names(model: Model, shelf: Any) -> list[str]:
-    """Of the base and its adapters; raises UserError where one is not served."""
-    for name, reason in shelf.refused.remote().result().items():
-        raise UserError(f"{name}: {reason}")
-    return [model.rules.model, *shelf.after.remote(0).result()[1]]
+            for event in ray.get(board.take.remote()):
+                if event["event"] == REFUSED:
+                    raise UserError(f"{event['adapter']}: {event['why']}")
+            names = [name for model in models for name in (model.rules.model, *model.places.listed())]
+            yield Endpoint(url, names, board)
 
 
 def _require(resources: Resources, engines: int) -> None:

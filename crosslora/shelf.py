@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from contextlib import suppress
+from typing import Any
 
 from ray import serve
 
@@ -14,6 +15,7 @@ from crosslora.adapter_watch import Change, Files, Rules, Watch
 from crosslora.errors import UserError
 
 SECONDS_BETWEEN_LOOKS = 2.0
+SERVED, REFUSED, GONE = "serving", "not serving", "no longer serving"
 POLL_SECONDS = 5.0
 """How long a replica waits for a change before it says again that it is there."""
 
@@ -27,7 +29,10 @@ POLL_SECONDS = 5.0
 class Shelf:
     """Holds what lies in the places. Every replica waits here for changes, takes what it lacks and says so."""
 
-    async def __init__(self, places: Places, rules: Rules) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc] # Ray Serve awaits it
+        self, places: Places, rules: Rules, board: Any
+    ) -> None:
+        """board: where the program that started this reads what comes and goes; None where there is no such program."""
         self._adapters: dict[str, tuple[str, Files]] = {}
         """State and files of what is served."""
         self._tokenizer: Files = {}
@@ -39,8 +44,7 @@ class Shelf:
         """Why a replica cannot serve an adapter."""
         self._coming: dict[str, int] = {}
         """Adapters that not all replicas serve yet, and since which version they should."""
-        self._news: list[tuple[int, str]] = []
-        """When, in nanoseconds, and what."""
+        self._board = board
         watch = Watch(places, rules)
         await self._apply(watch.look())
         self._looking = asyncio.create_task(self._look_on(watch))
@@ -69,18 +73,7 @@ class Shelf:
         for name in [name for name, since in self._coming.items() if since <= slowest]:
             del self._coming[name]
             reason = self._refused.get(name)
-            self._tell(f"serving {name}" if reason is None else f"not serving {name}: {reason}")
-
-    async def refused(self) -> dict[str, str]:
-        """Adapters that were found and are not served, and why."""
-        return self._refused
-
-    async def news(self, after: int) -> list[tuple[int, str]]:
-        """What came and went after a time in nanoseconds."""
-        return [(when, line) for when, line in self._news if when > after]
-
-    def _tell(self, line: str) -> None:
-        self._news.append((time.time_ns(), line))
+            await self._tell(name, SERVED if reason is None else REFUSED, reason)
 
     async def _look_on(self, watch: Watch) -> None:
         while True:
@@ -96,10 +89,10 @@ class Shelf:
         async with self._changed:
             self._version = time.time_ns()  # grows from one start of this shelf to the next, too
             for change in changes:
-                self._put(change)
+                await self._put(change)
             self._changed.notify_all()
 
-    def _put(self, change: Change) -> None:
+    async def _put(self, change: Change) -> None:
         name = change.name
         self._refused.pop(name, None)
         self._coming.pop(name, None)
@@ -110,6 +103,10 @@ class Shelf:
             self._coming[name] = self._version
         elif change.problem is not None:
             self._refused[name] = change.problem
-            self._tell(f"not serving {name}: {change.problem}")
+            await self._tell(name, REFUSED, change.problem)
         elif was_served:
-            self._tell(f"no longer serving {name}")
+            await self._tell(name, GONE)
+
+    async def _tell(self, name: str, event: str, why: str | None = None) -> None:
+        if self._board is not None:
+            await self._board.add.remote({"event": event, "adapter": name, "why": why})
