@@ -139,6 +139,11 @@ def serving_processes() -> dict[psutil.Process, str]:
     return {process: name for process, name in found.items() if any(mark in name for mark in marks)}
 
 
+def replicas(of: str) -> list[psutil.Process]:
+    """Processes of a deployment."""
+    return [p for p, name in serving_processes().items() if f"ray::ServeReplica:crosslora:{of}" in name]
+
+
 def has_engine(processes: dict[psutil.Process, str]) -> bool:
     return any(mark in name for name in processes.values() for mark in ENGINE)
 

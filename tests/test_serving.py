@@ -46,6 +46,7 @@ from tests.served import (
     mmlu_is_right,
     peft_logprobs,
     peft_model,
+    replicas,
     served_url,
     serving_processes,
     started_command,
@@ -376,9 +377,6 @@ def test_clients_that_retry_lose_nothing_with_a_replica(
     expected = {"base": peft_logprobs(folders, None)}
     expected |= {name: peft_logprobs(folders, path) for name, path in folders.adapters.items()}
 
-    def replicas(of: str) -> list[psutil.Process]:
-        return [p for p, name in serving_processes().items() if f"ray::ServeReplica:crosslora:{of}" in name]
-
     assert len(replicas("vllm-0")) == 2
     with ThreadPoolExecutor(16) as pool:
         answers = pool.map(lambda number: _echoed(client, MODELS[number % 3]), range(1000))
@@ -414,6 +412,19 @@ def test_nothing_is_left_after_ctrl_c(server: Server) -> None:
     server.driver.send_signal(signal.SIGINT)
     assert server.driver.wait(60) == 0
     assert_gone(started)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_replicas_come_with_the_load(folders: Folders) -> None:
+    autoscaling = "{max_replicas: 2, target_ongoing_requests: 1, upscale_delay_s: 1}"
+    with started_command(folders, folders.adapters["one"], f"--autoscaling={autoscaling}") as command:
+        client = OpenAI(base_url=served_url(command), api_key="none", max_retries=0)
+        deadline = time.monotonic() + 300
+        with ThreadPoolExecutor(8) as pool:
+            while len(replicas("vllm-0")) < 2:
+                assert time.monotonic() < deadline, "one replica answers everything"
+                list(pool.map(lambda _: _echoed(client, "one"), range(64)))
 
 
 @pytest.mark.real
