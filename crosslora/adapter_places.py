@@ -140,4 +140,9 @@ def _folders(place: str) -> Iterator[tuple[str, RunFolder]]:
 
 def _teachers(run: str) -> Iterator[tuple[str, RunFolder]]:
     for source in config_of_run(run).adapters:
+        if not source.path.is_dir():
+            raise UserError(
+                f"{run}: its source adapter {source.name} is not at {source.path} on this machine, where the run had it; "
+                "put it there, or serve without --teacher"
+            )
         yield f"{source.name}{OF_TEACHER}", RunFolder.open(str(source.path))

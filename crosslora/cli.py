@@ -256,6 +256,8 @@ def serve(
     else:
         for path in serving.write_config(settings, write_config, host, port):
             print(path)
+        if api_key:
+            print("the API key is not in there: set CROSSLORA_API_KEY in the environment of the cluster")
 
 
 @app.command()

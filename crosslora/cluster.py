@@ -113,7 +113,7 @@ def require(bundle: dict[str, float], count: int, stage: str, wait_seconds: floa
         raise UserError(
             f"cluster: {stage} needs {count} times {_amounts(bundle)}, each on one node, and the Ray cluster holds "
             f"{held} of these ({have} in all); add nodes, or ask for less (synthesis.engines, "
-            "synthesis.tensor_parallel, fit.workers, cluster.gpus_per_*)"
+            "synthesis.tensor_parallel, fit.workers, cluster.gpus_per_*; of `serve` --replicas, --gpus, --threads)"
         )
 
 
@@ -173,10 +173,10 @@ def board() -> Iterator[Any]:
         ray.kill(actor)
 
 
-def beside_driver(actor_class: type, *arguments: Any) -> Any:
+def beside_driver(actor_class: type) -> Any:
     """An actor on this process's node: it is lost with this process, not with some other node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(actor_class).options(num_cpus=0, scheduling_strategy=here).remote(*arguments)
+    return ray.remote(actor_class).options(num_cpus=0, scheduling_strategy=here).remote()

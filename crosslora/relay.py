@@ -43,7 +43,9 @@ class Relay:
         if status != 200:
             return Response(first, status, media_type="application/json")
         listed = json.loads(first)
-        listed["data"] += json.loads((await _whole(self._other.remote(call)))[1])["data"]
+        status, second = await _whole(self._other.remote(call))
+        if status == 200:
+            listed["data"] += json.loads(second)["data"]
         return Response(json.dumps(listed), media_type="application/json")
 
 
@@ -61,10 +63,15 @@ async def answer(app: ASGIApp, call: Call) -> AsyncIterator[Message]:
         },
     }
     messages: asyncio.Queue[Message | None] = asyncio.Queue()
+    gone = asyncio.Event()
+
+    async def until_gone() -> Message:
+        await gone.wait()
+        return {"type": "http.disconnect"}
 
     async def run() -> None:
         try:
-            await app(scope, replayed(call["body"], asyncio.Event().wait), messages.put)
+            await app(scope, replayed(call["body"], until_gone), messages.put)
         finally:
             messages.put_nowait(None)
 
@@ -74,6 +81,8 @@ async def answer(app: ASGIApp, call: Call) -> AsyncIterator[Message]:
             yield message
         await running
     finally:
+        gone.set()  # vLLM listens for this while it makes a whole answer
+        await asyncio.wait([running], timeout=1)
         running.cancel()
 
 

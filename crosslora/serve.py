@@ -25,11 +25,13 @@ from crosslora.config import Base
 from crosslora.errors import UserError
 from crosslora.models import context_length, load_format, resolve
 from crosslora.progress import say
+from crosslora.replica import MAX_SEQUENCES
 from crosslora.serving import Model, Resources, serve_models
 
 LONGEST = 4096
 """Tokens of prompt and answer where the user says nothing: what a laptop's memory holds for many requests."""
 KEY = "CROSSLORA_API_KEY"
+POD_THREADS = 8
 
 
 class Settings(BaseModel):
@@ -47,6 +49,17 @@ class Settings(BaseModel):
     replicas: int = 1
     autoscaling: dict[str, Any] | None = None
 
+    @field_validator("places")
+    @classmethod
+    def _absolute(cls, places: list[str]) -> list[str]:
+        """They are read by processes that run in other folders."""
+        return [place if "://" in place else str(Path(place).absolute()) for place in places]
+
+    @field_validator("base")
+    @classmethod
+    def _absolute_where_local(cls, base: str | None) -> str | None:
+        return str(Path(base).absolute()) if base is not None and Path(base).exists() else base
+
     @field_validator("autoscaling")
     @classmethod
     def _known_to_ray(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -54,6 +67,7 @@ class Settings(BaseModel):
             if unknown := given.keys() - AutoscalingConfig.model_fields.keys():
                 raise ValueError(f"Ray Serve has no setting {sorted(unknown)[0]!r}")
             AutoscalingConfig(**given)
+            given = {"target_ongoing_requests": MAX_SEQUENCES // 2, **given}
         return given
 
     @property
@@ -74,6 +88,8 @@ def settings(autoscaling: str | None, **given: Any) -> Settings:
 
 def serve(settings: Settings, host: str, port: int, api_key: str | None) -> None:
     """Serve until Ctrl-C. Raises UserError as `models` and `serve_models` do."""
+    if (settings.autoscaling or {}).get("min_replicas") == 0:
+        raise UserError("--autoscaling: min_replicas 0 would start nothing; give 1, or use --write-config")
     with serve_models(
         models(settings), settings.resources, host=host, port=port, api_key=api_key
     ) as endpoint:
@@ -106,24 +122,31 @@ def models(settings: Settings) -> list[Model]:
         found = places.find(Path(temporary) / "found")
         base = Base(base=settings.base or common_base(found))
         named = None if settings.base else base.base
-        served = [_model(settings, base, places, found, named, found[0].format)]
+        served = [_model(settings, base, base.name, places, found, named, found[0].format)]
         if settings.teacher:
             source = common_source(settings.places)
             places = Places(places.places, teachers=True)
-            found = places.find(Path(temporary) / "teachers")
-            served.append(_model(settings, source, places, found, None, None))
+            teachers = places.find(Path(temporary) / "teachers")
+            name = f"{source.name}-source" if source.name == base.name else source.name
+            served.append(_model(settings, source, name, places, teachers, None, None))
+            taken = {base.name, *(adapter.name for adapter in found)}
+            if twice := taken & {name, *(teacher.name for teacher in teachers)}:
+                raise UserError(
+                    f"adapters: two models would be named {min(twice)!r}; rename the adapter's folder"
+                )
         return served
 
 
 def _model(
     settings: Settings,
     base: Base,
+    name: str,
     places: Places,
     found: Sequence[Found],
     named: str | None,
     format: str | None,
 ) -> Model:
-    rules = Rules(base.name, named, format, serving.limits([a.folder for a in found]))
+    rules = Rules(name, named, format, serving.limits([a.folder for a in found]))
     for adapter in found:
         rules.check(adapter)
     folder = resolve(base, weights=False)
@@ -145,6 +168,8 @@ def write_config(settings: Settings, folder: Path, host: str, port: int) -> list
 
     Raises UserError as `models` does.
     """
+    if not port:
+        raise UserError("--port 0: a configuration needs a port that clients know; give one")
     engines = len(models(settings)) * settings.resources.at_least
     written = {
         "serve.yaml": _serve_config(settings, host, port),
@@ -175,6 +200,8 @@ def _serve_config(settings: Settings, host: str, port: int) -> str:
 
 def ray_service(settings: Settings, engines: int) -> str:
     """A manifest for KubeRay, with a pod for each of at least `engines`."""
+    if not settings.gpus:  # the application may be built before the pods are there to be counted
+        settings = settings.model_copy(update={"threads": settings.threads or POD_THREADS})
     template = Path(__file__).with_name("rayservice.yaml.j2").read_text(encoding="utf-8")
     most = (settings.autoscaling or {}).get("max_replicas", settings.replicas) * (
         2 if settings.teacher else 1
@@ -185,7 +212,7 @@ def ray_service(settings: Settings, engines: int) -> str:
         ray=ray.__version__,
         version=__version__,
         gpus=settings.gpus,
-        threads=settings.threads or 8,
+        threads=settings.threads,
         engines=engines,
         most=max(most, engines),
     )

@@ -75,6 +75,10 @@ class Resources:
     def at_least(self) -> int:
         return self.replicas if self.autoscaling is None else max(self.autoscaling.get("min_replicas", 1), 1)
 
+    @property
+    def at_most(self) -> int:
+        return self.replicas if self.autoscaling is None else self.autoscaling.get("max_replicas", 1)
+
 
 @dataclass
 class Endpoint:
@@ -109,7 +113,7 @@ def build(
 
     `lifeline` and `board` belong to the program that starts it here, ends it, and has the places on its own disk.
     """
-    cpus = resources.threads or cluster.cpus_beside(resources.num_gpus, resources.at_least * len(models))
+    cpus = _cpus(resources, len(models))
     actor = {
         "num_cpus": cpus,
         "num_gpus": resources.num_gpus,
@@ -190,9 +194,13 @@ def serve_models(
 
 
 def _require(resources: Resources, engines: int) -> None:
-    count = resources.at_least * engines
-    cpus = resources.threads or cluster.cpus_beside(resources.num_gpus, count)
-    cluster.require({"CPU": cpus, "GPU": resources.num_gpus}, count, "serving", resources.wait_seconds)
+    bundle = {"CPU": _cpus(resources, engines), "GPU": resources.num_gpus}
+    cluster.require(bundle, resources.at_least * engines, "serving", resources.wait_seconds)
+
+
+def _cpus(resources: Resources, engines: int) -> int:
+    """Of a replica."""
+    return resources.threads or cluster.cpus_beside(resources.num_gpus, resources.at_most * engines)
 
 
 @contextmanager
@@ -218,12 +226,13 @@ def _running(app: Any, models: Sequence[Model], host: str, port: int) -> Iterato
 
 def _why_not_served(models: Sequence[Model]) -> str:
     deployments = serve.status().applications[APPLICATION].deployments
-    messages = [
-        (n, deployments[f"vllm-{n}"].message) for n in range(len(models)) if f"vllm-{n}" in deployments
-    ]
-    number, message = next(
-        ((n, text) for n, text in messages if "Error" in text or "Exception" in text), (0, "")
-    )
+    messages = {
+        number: deployments[name].message
+        for number in range(len(models))
+        for name in (f"shelf-{number}", f"vllm-{number}")
+        if name in deployments and re.search("Error|Exception", deployments[name].message)
+    }
+    number, message = next(iter(messages.items()), (0, ""))
     last_error = re.split(r"\n(?=[\w.]+(?:Error|Exception): )", message)[-1]
     return (
         f"{models[number].base.base}: vLLM did not start with it ({' '.join(last_error.split())[:300]}); mend that, its "

@@ -12,7 +12,6 @@ from ray import serve
 
 from crosslora.adapter_places import Places
 from crosslora.adapter_watch import Change, Files, Rules, Watch
-from crosslora.errors import UserError
 
 SECONDS_BETWEEN_LOOKS = 2.0
 SERVED, REFUSED, GONE = "serving", "not serving", "no longer serving"
@@ -68,7 +67,8 @@ class Shelf:
         """A replica serves what `after` gave as `version`, without those that it had to refuse, and says why."""
         now = time.monotonic()
         self._replicas[replica] = (version, now)
-        self._refused |= refused
+        # what it says of a version that was replaced meanwhile is no news of the new one
+        self._refused |= {name: why for name, why in refused.items() if self._coming.get(name, 0) <= version}
         slowest = min(version for version, said in self._replicas.values() if now - said < 3 * POLL_SECONDS)
         for name in [name for name, since in self._coming.items() if since <= slowest]:
             del self._coming[name]
@@ -76,12 +76,16 @@ class Shelf:
             await self._tell(name, SERVED if reason is None else REFUSED, reason)
 
     async def _look_on(self, watch: Watch) -> None:
+        problem = ""
         while True:
             await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
             try:
                 await self._apply(await asyncio.to_thread(watch.look))
-            except (OSError, UserError) as error:  # a store that is out of reach is no reason to serve less
-                logging.getLogger(__name__).warning("looking for adapters: %s", error)
+                problem = ""
+            except Exception as error:  # a store that is out of reach, say: no reason to serve less
+                if str(error) != problem:
+                    problem = str(error)
+                    await self._tell("adapters", "cannot look for", problem)
 
     async def _apply(self, changes: list[Change]) -> None:
         if not changes:
@@ -94,9 +98,9 @@ class Shelf:
 
     async def _put(self, change: Change) -> None:
         name = change.name
+        was_served = self._adapters.pop(name, None) is not None and name not in self._refused
         self._refused.pop(name, None)
         self._coming.pop(name, None)
-        was_served = self._adapters.pop(name, None) is not None
         if change.files is not None:
             self._adapters[name] = (change.state, change.files)
             self._tokenizer = self._tokenizer or change.tokenizer or {}
@@ -110,3 +114,5 @@ class Shelf:
     async def _tell(self, name: str, event: str, why: str | None = None) -> None:
         if self._board is not None:
             await self._board.add.remote({"event": event, "adapter": name, "why": why})
+        elif event != SERVED:
+            logging.getLogger(__name__).warning("%s %s: %s", event, name, why)

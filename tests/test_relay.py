@@ -59,6 +59,31 @@ def test_a_stream_arrives_piece_by_piece_and_ends_with_its_reader() -> None:
     assert state["cancelled"] == 1 and state["sent"] < 5
 
 
+def test_an_app_that_listens_hears_that_its_reader_is_gone() -> None:
+    heard = []
+
+    async def listen(request: Request) -> JSONResponse:
+        await request.body()
+        heard.append((await request.receive())["type"])
+        return JSONResponse({})
+
+    async def run() -> None:
+        app = Starlette(routes=[Route("/", listen, methods=["POST"])])
+
+        async def read() -> None:
+            async with aclosing(answer(app, call("/"))) as messages:
+                async for _ in messages:
+                    pass
+
+        reader = asyncio.create_task(read())
+        await asyncio.sleep(0.05)
+        reader.cancel()
+        await asyncio.wait([reader])
+
+    asyncio.run(run())
+    assert heard == ["http.disconnect"]
+
+
 def test_an_error_of_the_app_is_the_callers() -> None:
     async def broken(request: Request) -> JSONResponse:
         raise ZeroDivisionError

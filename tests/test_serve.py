@@ -1,6 +1,7 @@
 """What `crosslora serve` makes of its options: models, an application, files for a cluster."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,16 @@ def test_autoscaling_that_ray_does_not_know_is_refused(text: str, message: str) 
         settings(autoscaling=text, places=["run"])
 
 
+def test_places_are_absolute_and_names_differ(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run)
+    assert Settings(places=["export", "s3://bucket/run"]).places == [f"{run}/export", "s3://bucket/run"]
+    tiny_lora(run / "export/tiny-teacher", run.parent / "target", 2)
+    (run / "export/tiny-teacher/manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="two models would be named 'tiny-teacher'"):
+        models(Settings(places=[str(run)], teacher=True))
+    shutil.rmtree(run / "export/tiny-teacher")
+
+
 def test_the_configuration_is_one_for_serve_and_for_kuberay(run: Path, tmp_path: Path) -> None:
     given = settings("{max_replicas: 3}", places=[str(run)], teacher=True, gpus=2)
     serve_yaml, service_yaml = write_config(given, tmp_path / "new", "127.0.0.1", 8123)
@@ -69,6 +80,16 @@ def test_the_configuration_is_one_for_serve_and_for_kuberay(run: Path, tmp_path:
     assert (group["minReplicas"], group["maxReplicas"]) == (2, 6), "one pod per engine"
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert limits["nvidia.com/gpu"] == "2"
+    with pytest.raises(UserError, match="--port 0"):
+        write_config(given, tmp_path / "new", "127.0.0.1", 0)
+
+
+def test_an_engine_on_cpu_has_the_threads_of_its_pod(run: Path, tmp_path: Path) -> None:
+    given = settings(None, places=[str(run)])
+    service = yaml.safe_load(write_config(given, tmp_path, "127.0.0.1", 8000)[1].read_text())["spec"]
+    threads = yaml.safe_load(service["serveConfigV2"])["applications"][0]["args"]["threads"]
+    (group,) = service["rayClusterConfig"]["workerGroupSpecs"]
+    assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"] == str(threads)
 
 
 def test_the_application_has_an_engine_and_a_shelf_per_base(run: Path) -> None:

@@ -127,7 +127,7 @@ def evaluate_run(
             with cluster.session(config.cluster):
                 scores = _serve_and_ask(config, source, folder, pair, by_model)
         else:
-            scores = _ask_served(config, source, pair, by_model, url)
+            scores = _ask_served(config, source, pair, by_model, url.rstrip("/"))
         by_task = {name: {model: given[name] for model, given in scores.items()} for name in scores[STUDENT]}
         results[source.name] = {"tasks": {name: _task_result(models) for name, models in by_task.items()}}
         folder.write_json(f"harness/{source.name}/results.json", results[source.name])
