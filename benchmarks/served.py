@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -178,13 +178,12 @@ def compared(one: Given, two: Given) -> dict[str, Any]:
     }
 
 
-def judge(run: str, task_data: Path, items: dict[str, int], plain_lora: bool) -> dict[str, Any]:
-    """model -> task -> both scores and how alike they are, for the first adapter of a run."""
+def judge(run: str, task_data: Path, items: dict[str, int], plain_lora: bool) -> Iterator[tuple[str, Any]]:
+    """Teacher and student of the first adapter of a run: by task both scores and how alike they are."""
     config, folder = config_of_run(run), RunFolder.open(run)
     source = config.adapters[0]
     pair, adapter = TokenizerPair.load(config.source, config.target), read_adapter(source.path)
     questions = Questions(config, items, task_data, plain_lora)
-    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         exported = folder.sub(f"export/{source.name}")
         folders = adapter_folders(config, adapter, pair, exported, Path(temporary))
@@ -196,10 +195,10 @@ def judge(run: str, task_data: Path, items: dict[str, int], plain_lora: bool) ->
             by_vllm = alone(side, questions, chat)
             with cluster.session(config.cluster):
                 by_endpoint = served(side, questions, chat)
-            name = side.adapter.name
-            results[name] = {task: compared(given, by_vllm[task]) for task, given in by_endpoint.items()}
-            say(f"{name}: {json.dumps(results[name])}")
-    return results
+            yield (
+                side.adapter.name,
+                {task: compared(given, by_vllm[task]) for task, given in by_endpoint.items()},
+            )
 
 
 def main() -> None:
@@ -210,9 +209,11 @@ def main() -> None:
     parser.add_argument("--plain-lora", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE / "served.json")
     given = parser.parse_args()
-    setting = {"versions": installed(), "plain_lora": given.plain_lora}
-    results = judge(given.run, given.task_data, given.items, given.plain_lora)
-    given.out.write_text(json.dumps({**setting, "models": results}, indent=2) + "\n")
+    result: dict[str, Any] = {"versions": installed(), "plain_lora": given.plain_lora, "models": {}}
+    for model, tasks in judge(given.run, given.task_data, given.items, given.plain_lora):
+        result["models"][model] = tasks
+        given.out.write_text(json.dumps(result, indent=2) + "\n")
+        say(f"{model}: {json.dumps(tasks)}")
 
 
 if __name__ == "__main__":
