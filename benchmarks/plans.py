@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 RANK, KIND = 16, "H100-80GB"
 
 
-def _llama(hidden: int, mlp: int, layers: int, heads: int) -> LlamaConfig:
+def llama(hidden: int, mlp: int, layers: int, heads: int) -> LlamaConfig:
     """The shape of a Llama 3.1."""
     return LlamaConfig(
         vocab_size=128_256,
@@ -35,9 +35,9 @@ def _llama(hidden: int, mlp: int, layers: int, heads: int) -> LlamaConfig:
 
 
 MODELS = {
-    "Llama-3.1-8B": _llama(4096, 14_336, 32, 32),
-    "Llama-3.1-70B": _llama(8192, 28_672, 80, 64),
-    "Llama-3.1-405B": _llama(16_384, 53_248, 126, 128),
+    "Llama-3.1-8B": llama(4096, 14_336, 32, 32),
+    "Llama-3.1-70B": llama(8192, 28_672, 80, 64),
+    "Llama-3.1-405B": llama(16_384, 53_248, 126, 128),
     "Qwen2.5-72B": Qwen2Config(
         vocab_size=152_064,
         hidden_size=8192,

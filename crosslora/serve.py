@@ -170,10 +170,10 @@ def write_config(settings: Settings, folder: Path, host: str, port: int) -> list
     """
     if not port:
         raise UserError("--port 0: a configuration needs a port that clients know; give one")
-    engines = len(models(settings)) * settings.resources.at_least
+    models(settings)
     written = {
         "serve.yaml": _serve_config(settings, host, port),
-        "rayservice.yaml": ray_service(settings, engines),
+        "rayservice.yaml": ray_service(settings),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in written.items():
@@ -198,14 +198,12 @@ def _serve_config(settings: Settings, host: str, port: int) -> str:
     return yaml.safe_dump(config, sort_keys=False)
 
 
-def ray_service(settings: Settings, engines: int) -> str:
-    """A manifest for KubeRay, with a pod for each of at least `engines`."""
+def ray_service(settings: Settings) -> str:
+    """A manifest for KubeRay, with a pod for each engine."""
     if not settings.gpus:  # the application may be built before the pods are there to be counted
         settings = settings.model_copy(update={"threads": settings.threads or POD_THREADS})
     template = Path(__file__).with_name("rayservice.yaml.j2").read_text(encoding="utf-8")
-    most = (settings.autoscaling or {}).get("max_replicas", settings.replicas) * (
-        2 if settings.teacher else 1
-    )
+    bases = 2 if settings.teacher else 1
     environment = Environment(autoescape=False, undefined=StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(template).render(
         config=_serve_config(settings, "0.0.0.0", 8000).rstrip(),
@@ -213,6 +211,6 @@ def ray_service(settings: Settings, engines: int) -> str:
         version=__version__,
         gpus=settings.gpus,
         threads=settings.threads,
-        engines=engines,
-        most=max(most, engines),
+        engines=bases * settings.resources.at_least,
+        most=bases * settings.resources.at_most,
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
+from openai import OpenAI
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -160,3 +161,19 @@ def alive(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def echoed(client: OpenAI, model: str) -> torch.Tensor:
+    answer = client.completions.create(
+        model=model, prompt=IDS, max_tokens=1, echo=True, logprobs=1, temperature=0
+    )
+    logprobs: Any = answer.choices[0].logprobs
+    return torch.tensor(logprobs.token_logprobs[1 : len(IDS)])
+
+
+def chat_answer(client: OpenAI, model: str, prompt: str, max_tokens: int = 5) -> str:
+    messages: list[Any] = [{"role": "user", "content": prompt}]
+    answer = client.chat.completions.create(
+        model=model, messages=messages, max_tokens=max_tokens, temperature=0
+    )
+    return answer.choices[0].message.content or ""

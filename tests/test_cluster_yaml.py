@@ -57,7 +57,7 @@ def test_spot_workers_have_a_fallback(cluster: dict[str, Any]) -> None:
 
 def test_the_sample_of_a_rayservice_is_what_the_command_writes() -> None:
     sample = ROOT / "deploy/kuberay/rayservice.yaml"
-    assert sample.read_text() == ray_service(Settings(places=["s3://BUCKET/run"], gpus=1), engines=1)
+    assert sample.read_text() == ray_service(Settings(places=["s3://BUCKET/run"], gpus=1))
 
 
 @pytest.mark.parametrize("kind", ["raycluster", "rayjob"])

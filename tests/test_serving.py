@@ -41,6 +41,8 @@ from tests.served import (
     MODELS,
     Folders,
     assert_gone,
+    chat_answer,
+    echoed,
     fuzzed,
     has_engine,
     mmlu_is_right,
@@ -176,7 +178,7 @@ def test_the_page_shows_answers_side_by_side(server: Server) -> None:
             "[...document.querySelectorAll('#answers pre')].map(text => text.textContent)"
         )
         assert page.screenshot().startswith(b"\x89PNG")
-    asked = [_said(server.client, model, "Play the new album") for model in ("base", "one")]
+    asked = [chat_answer(server.client, model, "Play the new album") for model in ("base", "one")]
     assert answers == asked and answers[0] != answers[1]
 
 
@@ -212,7 +214,7 @@ def test_chat_uses_the_template_of_the_base(server: Server, folders: Folders) ->
 def test_logprobs_in_a_mixed_batch_are_those_of_peft(server: Server, folders: Folders) -> None:
     """Echo with an adapter also shows that the head is not wrapped for LoRA, which would kill the engine."""
     with ThreadPoolExecutor(24) as pool:
-        served = list(pool.map(lambda model: _echoed(server.client, model), MODELS * 8))
+        served = list(pool.map(lambda model: echoed(server.client, model), MODELS * 8))
     expected = [peft_logprobs(folders, folders.adapters.get(model)) for model in MODELS]
     for row, reference in zip(served, expected * 8, strict=True):
         torch.testing.assert_close(row, reference, atol=2e-4, rtol=0)
@@ -253,7 +255,7 @@ def test_the_harness_chats_as_the_openai_client_does(
     assert found is not None and len(found["samples"]["gsm8k"]) == 2
     for row in found["samples"]["gsm8k"]:
         question = f"Question: {row['doc']['question']}\nAnswer:"
-        assert row["resps"][0][0] == _said(server.client, "two", question, 6)
+        assert row["resps"][0][0] == chat_answer(server.client, "two", question, 6)
 
 
 @pytest.mark.real
@@ -269,7 +271,9 @@ def test_curl_gets_what_the_openai_client_gets(server: Server) -> None:
     answer = subprocess.run(
         [*command, *headers, "-d", json.dumps(body)], check=True, capture_output=True
     ).stdout
-    assert json.loads(answer)["choices"][0]["message"]["content"] == _said(server.client, "one", "Grüße")
+    assert json.loads(answer)["choices"][0]["message"]["content"] == chat_answer(
+        server.client, "one", "Grüße"
+    )
 
 
 @pytest.mark.real
@@ -299,7 +303,7 @@ def test_no_request_brings_it_down(server: Server) -> None:
         )
     assert set(codes) <= {200, 400, 404} and codes[200] > 500, codes
     assert {model.id for model in server.client.models.list()} == set(MODELS)
-    assert len(_echoed(server.client, "two")) == len(IDS) - 1
+    assert len(echoed(server.client, "two")) == len(IDS) - 1
 
 
 @pytest.mark.real
@@ -311,7 +315,7 @@ def test_adapters_come_and_go_on_all_replicas(
     shutil.copytree(three, places / "three")
     _until(lambda: all(_serves(server, "three") for _ in range(MANY)))
     torch.testing.assert_close(
-        _echoed(server.client, "three"), peft_logprobs(folders, three), atol=2e-4, rtol=0
+        echoed(server.client, "three"), peft_logprobs(folders, three), atol=2e-4, rtol=0
     )
     stream = server.client.completions.create(
         model="three", prompt=IDS, max_tokens=400, temperature=0, stream=True, extra_body={"ignore_eos": True}
@@ -355,7 +359,7 @@ def test_no_answer_is_of_another_model_while_one_is_replaced(
     def ask(number: int) -> int:
         """Which version of its model an answer is of."""
         model = MODELS[number % 3]
-        answer = _echoed(server.client, model)
+        answer = echoed(server.client, model)
         return next(i for i, version in enumerate(expected[model]) if _close(answer, version))
 
     with ThreadPoolExecutor(32) as pool:
@@ -379,7 +383,7 @@ def test_clients_that_retry_lose_nothing_with_a_replica(
 
     assert len(replicas("vllm-0")) == 2
     with ThreadPoolExecutor(16) as pool:
-        answers = pool.map(lambda number: _echoed(client, MODELS[number % 3]), range(1000))
+        answers = pool.map(lambda number: echoed(client, MODELS[number % 3]), range(1000))
         replicas("vllm-0")[0].kill()
         replicas("shelf-0")[0].kill()
         for number, answer in enumerate(answers):
@@ -424,7 +428,7 @@ def test_replicas_come_with_the_load(folders: Folders) -> None:
         with ThreadPoolExecutor(8) as pool:
             while len(replicas("vllm-0")) < 2:
                 assert time.monotonic() < deadline, "one replica answers everything"
-                list(pool.map(lambda _: _echoed(client, "one"), range(64)))
+                list(pool.map(lambda _: echoed(client, "one"), range(64)))
 
 
 @pytest.mark.real
@@ -465,14 +469,6 @@ def _model(base: Path, *adapters: Path) -> Model:
     return Model.of_folders(Base(base=str(base)), "base", adapters, "float32", 256)
 
 
-def _said(client: OpenAI, model: str, prompt: str, max_tokens: int = 5) -> str:
-    messages: list[Any] = [{"role": "user", "content": prompt}]
-    answer = client.chat.completions.create(
-        model=model, messages=messages, max_tokens=max_tokens, temperature=0
-    )
-    return answer.choices[0].message.content or ""
-
-
 def _serves(server: Server, model: str) -> bool:
     """Whether the replica that gets the request serves the model."""
     try:
@@ -496,11 +492,3 @@ def _status(server: Server, body: dict[str, Any]) -> int:
 
 def _close(row: torch.Tensor, reference: torch.Tensor) -> bool:
     return torch.allclose(row, reference, atol=2e-4, rtol=0)
-
-
-def _echoed(client: OpenAI, model: str) -> torch.Tensor:
-    answer = client.completions.create(
-        model=model, prompt=IDS, max_tokens=1, echo=True, logprobs=1, temperature=0
-    )
-    logprobs: Any = answer.choices[0].logprobs
-    return torch.tensor(logprobs.token_logprobs[1 : len(IDS)])

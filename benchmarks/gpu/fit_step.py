@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from benchmarks.plans import CONFIG, MODELS
+from benchmarks.plans import CONFIG, MODELS, llama
 from crosslora.adapter import LoraFactors
 from crosslora.gpu_plan import GPUS, gpu_plan
 from crosslora.projection.initial import random_map
@@ -41,14 +41,7 @@ RANK, TOP_K, WARM_UP = 16, 16, 3
 GRADIENT_NORM, LEARNING_RATE = 1.0, 1e-4
 SHAPES = {
     "8b": MODELS["Llama-3.1-8B"],
-    "small": LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    ),
+    "small": llama(64, 128, 2, 8),
 }
 
 
