@@ -107,16 +107,21 @@ class Nodes:
         subprocess.run([*program, *arguments], env=self._environment, cwd=ROOT, check=True)
 
     def lose_node_of(self, process: str) -> None:
-        """Kill a node on which a process of that name runs, and everything on it."""
-        for node in self._nodes[1:]:
-            processes = [node, *psutil.Process(node.pid).children(recursive=True)]
-            if any(process in _name(p.pid) for p in processes[1:]):
-                for p in processes:
-                    with suppress(psutil.NoSuchProcess):
-                        p.kill()
-                node.wait()
-                self._nodes.remove(node)
-                return
+        """Kill a node on which a process of that name runs, and everything on it.
+
+        Ray names a process after what it does at the moment: between two calls it has no method's name.
+        """
+        for _ in range(1000):
+            for node in self._nodes[1:]:
+                processes = [node, *psutil.Process(node.pid).children(recursive=True)]
+                if any(process in _name(p.pid) for p in processes[1:]):
+                    for p in processes:
+                        with suppress(psutil.NoSuchProcess):
+                            p.kill()
+                    node.wait()
+                    self._nodes.remove(node)
+                    return
+            time.sleep(0.01)
         raise AssertionError(f"no node but the head runs {process}")
 
     def _start(self, host: Host, *options: str) -> "subprocess.Popen[bytes]":
