@@ -1,6 +1,6 @@
 """The projection is learned, as a Ray job; what must be done before it and is not, is done first:
 
-ray job submit --working-dir . -- python ray_jobs/fit.py --config examples/snips/demo.yaml cluster.address=auto
+ray job submit --working-dir . -- python ray_jobs/fit.py --config CONFIG cluster.address=auto
 """
 
 from transfer import main

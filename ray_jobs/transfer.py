@@ -1,6 +1,6 @@
-"""The whole transfer as a Ray job:
+"""The whole transfer as a Ray job; CONFIG names bases and a run folder that every node sees:
 
-ray job submit --working-dir . -- python ray_jobs/transfer.py --config examples/snips/demo.yaml cluster.address=auto
+ray job submit --working-dir . -- python ray_jobs/transfer.py --config CONFIG cluster.address=auto
 """
 
 from __future__ import annotations
