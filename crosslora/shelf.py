@@ -70,9 +70,10 @@ class Shelf:
         # what it says of a version that was replaced meanwhile is no news of the new one
         self._refused |= {name: why for name, why in refused.items() if self._coming.get(name, 0) <= version}
         slowest = min(version for version, said in self._replicas.values() if now - said < 3 * POLL_SECONDS)
-        for name in [name for name, since in self._coming.items() if since <= slowest]:
+        news = [(name, self._refused.get(name)) for name, since in self._coming.items() if since <= slowest]
+        for name, _ in news:  # before the first await: another replica may report meanwhile
             del self._coming[name]
-            reason = self._refused.get(name)
+        for name, reason in news:
             await self._tell(name, SERVED if reason is None else REFUSED, reason)
 
     async def _look_on(self, watch: Watch) -> None:

@@ -55,10 +55,12 @@ def started_command(
 def served_url(driver: subprocess.Popen[str]) -> str:
     """Wait until the command says where it serves."""
     assert driver.stdout is not None
+    said = []
     for line in driver.stdout:
+        said.append(line)
         if found := re.search(r"http://\S+/v1", line):
             return found[0]
-    raise AssertionError("the command ended before it served")
+    raise AssertionError(f"the command ended before it served: {''.join(said)}")
 
 
 def peft_logprobs(folders: Folders, adapter: Path | None) -> torch.Tensor:

@@ -1,0 +1,35 @@
+"""What the shelf makes of reports that overlap; with real replicas: tests/test_serving.py."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from crosslora.adapter_places import Places
+from crosslora.adapter_watch import Change, Rules
+from crosslora.shelf import SERVED, Shelf
+
+
+class SlowBoard:
+    """Takes a while to hear something, as the first call to an actor does."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str]] = []
+        self.add = self
+
+    async def remote(self, event: dict[str, Any]) -> None:
+        await asyncio.sleep(0.01)
+        self.told.append((event["adapter"], event["event"]))
+
+
+def test_replicas_may_report_at_the_same_time(tmp_path: Path) -> None:
+    async def story() -> list[tuple[str, str]]:
+        board, shelf = SlowBoard(), Shelf.func_or_class.__new__(Shelf.func_or_class)
+        rules = Rules("base", None, None, {"max_lora_rank": 8, "lora_target_modules": []})
+        await shelf.__init__(Places((str(tmp_path),)), rules, board)
+        await shelf._apply([Change(name, "state", files={}) for name in ("one", "two", "three")])
+        version = shelf._version
+        await asyncio.gather(*(shelf.report(replica, version, {}) for replica in ("a", "b")))
+        shelf._looking.cancel()
+        return board.told
+
+    assert sorted(asyncio.run(story())) == [(name, SERVED) for name in ("one", "three", "two")]
