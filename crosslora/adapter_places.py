@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crosslora.adapter import read_adapter, write_adapter
-from crosslora.adapter_config import read_settings
-from crosslora.config import Base
+from crosslora.adapter_config import CONFIG_FILE, read_settings
+from crosslora.adapter_header import WEIGHTS_FILE
+from crosslora.config import AdapterSource, Base
 from crosslora.errors import UserError
 from crosslora.run_folder import RunFolder, config_of_run, digest
 
-HEADER = "adapter_config.json"
 TOKENIZER = "tokenizer.json"
 FORMAT = (TOKENIZER, "tokenizer_config.json", "chat_template.jinja")
 """Files that decide what a chat becomes; the export writes them beside the adapter."""
@@ -34,7 +34,7 @@ class Found:
         """The base that it names; raises UserError where it names none."""
         base = read_settings(self.folder).base_model_name_or_path
         if not base:
-            raise UserError(f"{self.name}: its {HEADER} names no base; give --base")
+            raise UserError(f"{self.name}: its {CONFIG_FILE} names no base; give --base")
         return base
 
     @property
@@ -84,7 +84,7 @@ class Places:
             if not self.teachers and not [*_folders(place)]:
                 raise UserError(
                     f"{place}: holds no adapter; give the folder of a run that has exported one, a PEFT folder (with "
-                    f"{HEADER}), or a folder of PEFT folders"
+                    f"{CONFIG_FILE}), or a folder of PEFT folders"
                 )
         found = [self.fetch(name, folder, into / name) for name, folder in self.listed().items()]
         for other in found[1:]:
@@ -125,24 +125,36 @@ def state_of(folder: RunFolder) -> str:
     )
 
 
+def keep_source(run: RunFolder, source: AdapterSource) -> None:
+    """Copy a source adapter into its run: the teacher may be wanted where the adapter's own folder is not."""
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        run.write_bytes(f"source/{source.name}/{file}", (source.path / file).read_bytes())
+
+
+def kept_source(run: RunFolder, name: str) -> RunFolder:
+    """The folder of that copy; raises UserError where there is none."""
+    folder = run.sub(f"source/{name}")
+    if not folder.exists(WEIGHTS_FILE):
+        raise UserError(
+            f"{folder.uri}: holds no {WEIGHTS_FILE}; copy the source adapter {name} there, both its files"
+        )
+    return folder
+
+
 def _folders(place: str) -> Iterator[tuple[str, RunFolder]]:
     """Names and folders: a PEFT folder itself, what a run has exported, or the PEFT folders in a folder."""
     folder = RunFolder.open(place.rstrip("/"))
-    if folder.exists(HEADER):
+    if folder.exists(CONFIG_FILE):
         yield os.path.basename(folder.root), folder
         return
     is_run = folder.exists("run.json")
     for entry in (folder.sub("export") if is_run else folder).entries():
         inner = folder.sub(f"export/{entry.base_name}" if is_run else entry.base_name)
-        if inner.exists("manifest.json" if is_run else HEADER):
+        if inner.exists("manifest.json" if is_run else CONFIG_FILE):
             yield entry.base_name, inner
 
 
 def _teachers(run: str) -> Iterator[tuple[str, RunFolder]]:
+    folder = RunFolder.open(run)
     for source in config_of_run(run).adapters:
-        if not source.path.is_dir():
-            raise UserError(
-                f"{run}: its source adapter {source.name} is not at {source.path} on this machine, where the run had it; "
-                "put it there, or serve without --teacher"
-            )
-        yield f"{source.name}{OF_TEACHER}", RunFolder.open(str(source.path))
+        yield f"{source.name}{OF_TEACHER}", kept_source(folder, source.name)

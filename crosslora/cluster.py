@@ -163,20 +163,13 @@ class Board:
 
 @contextmanager
 def board() -> Iterator[Any]:
-    """A Board that ends with the block."""
-    import ray
-
-    actor = beside_driver(Board)
-    try:
-        yield actor
-    finally:
-        ray.kill(actor)
-
-
-def beside_driver(actor_class: type) -> Any:
-    """An actor on this process's node: it is lost with this process, not with some other node."""
+    """A Board that ends with the block, on this process's node: it is lost with this process, not with some other node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(actor_class).options(num_cpus=0, scheduling_strategy=here).remote()
+    actor = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    try:
+        yield actor
+    finally:
+        ray.kill(actor)

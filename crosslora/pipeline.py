@@ -12,6 +12,7 @@ from typing import Any
 
 from crosslora import cluster
 from crosslora.adapter import Adapter, read_adapter
+from crosslora.adapter_places import keep_source
 from crosslora.config import AdapterSource, Config
 from crosslora.errors import UserError
 from crosslora.evaluation.evaluate import evaluate
@@ -133,7 +134,7 @@ def _stages(config: Config, source: AdapterSource, folder: RunFolder) -> Iterato
     name = source.name
     adapter = read_adapter(source.path)
     corpus = folder.stage(f"synthesize/{name}", _synthesis_inputs(config, adapter))
-    _once(corpus, lambda: synthesize(config, adapter.path, corpus))
+    _once(corpus, lambda: _write_corpus(config, source, corpus))
     yield corpus
     filtered = folder.stage(f"filter/{name}", _filter_inputs(config, corpus))
     _once(filtered, lambda: filter_corpus(config, corpus, filtered))
@@ -151,6 +152,11 @@ def _stages(config: Config, source: AdapterSource, folder: RunFolder) -> Iterato
     kl = fitted.manifest()["held_out_kl"]
     _once(evaluated, lambda: evaluate(config, adapter, parts, exported, kl, evaluated))
     yield evaluated
+
+
+def _write_corpus(config: Config, source: AdapterSource, corpus: Stage) -> None:
+    keep_source(corpus.folder, source)
+    synthesize(config, source.path, corpus)
 
 
 def _synthesis_inputs(config: Config, adapter: Adapter) -> dict[str, Any]:

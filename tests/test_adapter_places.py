@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from crosslora.adapter_places import Found, Places, common_base
+from crosslora.adapter_places import Found, Places, common_base, keep_source
+from crosslora.config import AdapterSource
 from crosslora.errors import UserError
+from crosslora.run_folder import RunFolder
 from tests.tiny import tiny_llama, tiny_lora
 
 
@@ -45,6 +47,20 @@ def test_adapters_of_runs_and_folders_by_path_and_uri(run: Path, base: Path, tmp
     for adapter, origin in zip(found, origins, strict=True):
         weights = "adapter_model.safetensors"
         assert (adapter.folder / weights).read_bytes() == (origin / weights).read_bytes()
+
+
+def test_a_run_keeps_its_source_adapters(run: Path, base: Path, tmp_path: Path) -> None:
+    """Served as teachers, they are read from the run."""
+    teachers = Places((f"file://{run}",), teachers=True)
+    with pytest.raises(UserError, match=r"source/first: holds no adapter_model\.safetensors; copy"):
+        teachers.find(tmp_path / "none")
+    for number, name in enumerate(("first", "second")):
+        tiny_lora(tmp_path / name, base, number, r=4)
+        keep_source(RunFolder.open(str(run)), AdapterSource(name=name, path=tmp_path / name))
+        weights = "adapter_model.safetensors"
+        assert (run / "source" / name / weights).read_bytes() == (tmp_path / name / weights).read_bytes()
+    found = teachers.find(tmp_path / "copies")
+    assert [adapter.name for adapter in found] == ["first-teacher", "second-teacher"]
 
 
 def test_an_adapter_without_a_base_asks_for_one(base: Path, tmp_path: Path) -> None:

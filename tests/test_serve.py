@@ -20,8 +20,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose adapter `tiny` is exported."""
     folder = tmp_path_factory.mktemp("pair")
     target = tiny_llama(folder / "target")
-    tiny_lora(folder / "adapter", tiny_llama(folder / "source"), 1, r=4)
     run = folder / "run"
+    tiny_lora(run / "source/tiny", tiny_llama(folder / "source"), 1, r=4)
     tiny_lora(run / "export/tiny", target, 2)
     (run / "export/tiny/manifest.json").write_text("{}")
     (run / "run.json").write_text(json.dumps({"config": tiny_config(folder, run).model_dump(mode="json")}))

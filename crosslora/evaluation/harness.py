@@ -17,7 +17,7 @@ from rich.table import Table
 
 from crosslora import cluster
 from crosslora.adapter import read_adapter
-from crosslora.adapter_places import OF_TEACHER
+from crosslora.adapter_places import OF_TEACHER, kept_source
 from crosslora.config import AdapterSource, Base, Config, Task
 from crosslora.errors import UserError
 from crosslora.evaluation.client import ask, served_models
@@ -160,8 +160,8 @@ def _serve_and_ask(
     pair: TokenizerPair,
     by_model: dict[str, Benchmarks],
 ) -> dict[str, Scores]:
-    adapter = read_adapter(source.path)
     with tempfile.TemporaryDirectory() as temporary:
+        adapter = read_adapter(kept_source(folder, source.name).copy(Path(temporary) / "source"))
         exported = folder.sub(f"export/{source.name}")
         folders = adapter_folders(config, adapter, pair, exported, Path(temporary))
         teacher = {TEACHER: folders.pop(TEACHER)}

@@ -134,14 +134,15 @@ def synthesize(config: Config, adapter: Path, stage: Stage) -> dict[str, Any]:
     if pending:
         engines = min(settings.engines, len(pending))
         say(f"  starting {engines} teacher engine{'s' * (engines > 1)} ({settings.engine}, {settings.dtype})")
-        foreman = _Foreman(config, adapter, stage, pending, engines)
-        try:
-            with progress("synthesize", settings.samples, "samples") as meter:
-                meter.start_at(len(done) * settings.shard_size)
-                foreman.run(meter)
-                rate = foreman.rate()
-        finally:
-            foreman.stop()
+        with cluster.board() as board:
+            foreman = _Foreman(config, adapter, stage, pending, engines, board)
+            try:
+                with progress("synthesize", settings.samples, "samples") as meter:
+                    meter.start_at(len(done) * settings.shard_size)
+                    foreman.run(meter)
+                    rate = foreman.rate()
+            finally:
+                foreman.stop()
     shards = [index for index in range(num_shards) if shard_exists(stage.folder, stage.name, index)]
     return stage.finish(
         {
@@ -159,10 +160,15 @@ class _Foreman:
     """
 
     def __init__(
-        self, config: Config, adapter: Path, stage: Stage, pending: deque[int], num_engines: int
+        self,
+        config: Config,
+        adapter: Path,
+        stage: Stage,
+        pending: deque[int],
+        num_engines: int,
+        board: Any,
     ) -> None:
-        self.settings, self.stage, self.pending = config.synthesis, stage, pending
-        self.board = cluster.beside_driver(cluster.Board)
+        self.settings, self.stage, self.pending, self.board = config.synthesis, stage, pending, board
         seed = self.settings.random_seed * 1_000_003 + pending[0]  # a resumed run must not repeat what it has
         actor_class = _actor_class(config, num_engines)
         self._new_engine = lambda number: actor_class.remote(
@@ -204,7 +210,7 @@ class _Foreman:
         return round(self.tokens / (time.monotonic() - self.started), 1)
 
     def stop(self) -> None:
-        for actor in [*self.actors, self.board]:
+        for actor in self.actors:
             ray.kill(actor)
 
     def _start(self) -> None:

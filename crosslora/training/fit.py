@@ -30,38 +30,40 @@ SECONDS_BETWEEN_CHECKS = "0.2"
 
 def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) -> dict[str, Any]:
     """Train to the stopping point, resuming from the last checkpoint; returns the manifest."""
-    settings = config.fit
     reach = check_corpus(config, stage, corpus)
-    gpus = config.cluster.gpus_per_worker
-    cpus = cluster.cpus_beside(gpus, settings.workers)
-    cluster.require({"CPU": cpus, "GPU": gpus}, settings.workers, "fit", config.cluster.wait_seconds)
+    with cluster.board() as board:
+        job = {
+            "config": config.model_dump(mode="json"),
+            "adapter": str(adapter),
+            "corpus": corpus,
+            "board": board,
+        }
+        trainer = _trainer(config, stage, job)
+        with _Watcher(board, stage, config.fit.steps) as watcher:
+            try:
+                result = trainer.fit()
+            except TrainingFailedError as error:
+                cause = " ".join(str(error).split())[-400:]
+                raise UserError(
+                    f"fit: the workers failed {config.fit.max_failures + 1} times ({cause}); mend the cause and run the "
+                    "same command: it goes on from the last checkpoint"
+                ) from error
+    return _finish(result, stage, watcher, reach)
+
+
+def _trainer(config: Config, stage: Stage, job: dict[str, Any]) -> TorchTrainer:
+    """Raises UserError where the cluster cannot hold the workers."""
+    workers, gpus = config.fit.workers, config.cluster.gpus_per_worker
+    cpus = cluster.cpus_beside(gpus, workers)
+    cluster.require({"CPU": cpus, "GPU": gpus}, workers, "fit", config.cluster.wait_seconds)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", SECONDS_BETWEEN_CHECKS)
-    board = cluster.beside_driver(cluster.Board)
-    job = {
-        "config": config.model_dump(mode="json"),
-        "adapter": str(adapter),
-        "corpus": corpus,
-        "board": board,
-    }
-    trainer = TorchTrainer(
+    return TorchTrainer(
         _train,
         train_loop_config=job,
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=scaling(settings.workers, cpus, gpus),
+        scaling_config=scaling(workers, cpus, gpus),
         run_config=_run_config(config, stage, cpus, "cuda" if gpus else "cpu"),
     )
-    watcher = _Watcher(board, stage, settings.steps)
-    with watcher:
-        try:
-            result = trainer.fit()
-        except TrainingFailedError as error:
-            cause = " ".join(str(error).split())[-400:]
-            raise UserError(
-                f"fit: the workers failed {settings.max_failures + 1} times ({cause}); mend the cause and run the same "
-                "command: it goes on from the last checkpoint"
-            ) from error
-    ray.kill(board)
-    return _finish(result, stage, watcher, reach)
 
 
 def scaling(workers: int, cpus: int, gpus: float) -> ScalingConfig:
