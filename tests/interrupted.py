@@ -42,9 +42,9 @@ class Transfer:
             os.killpg(self.process.pid, how)
         else:
             self.process.send_signal(how)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 180
         while left := list(self._alive()):
-            assert time.monotonic() < deadline, f"still there after 30 s: {left}"
+            assert time.monotonic() < deadline, f"still there after 180 s: {left}"
             self.process.poll()
             time.sleep(0.2)
         return self.process.wait()

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -45,6 +46,9 @@ def started_command(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background job ignores it
     ) as process:
         try:
             yield process
@@ -152,9 +156,9 @@ def has_engine(processes: dict[psutil.Process, str]) -> bool:
 
 
 def assert_gone(processes: dict[psutil.Process, str]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 180
     while left := [name for process, name in processes.items() if alive(process)]:
-        assert time.monotonic() < deadline, f"still there after 30 s: {left}"
+        assert time.monotonic() < deadline, f"still there after 180 s: {left}"
         time.sleep(0.2)
 
 

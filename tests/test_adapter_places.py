@@ -29,8 +29,13 @@ def run(tmp_path: Path, base: Path) -> Path:
     run = tmp_path / "run"
     tiny_lora(run / "export/first", base, 1)
     (run / "export/first/manifest.json").write_text("{}")
-    names = {"config": {"adapters": [{"name": "first"}, {"name": "second"}]}}
-    (run / "run.json").write_text(json.dumps(names))
+    config = {
+        "run": str(run),
+        "source": {"base": "source"},
+        "adapters": [{"name": name, "path": str(tmp_path / name)} for name in ("first", "second")],
+        "target": {"base": str(base)},
+    }
+    (run / "run.json").write_text(json.dumps({"config": config}))
     return run
 
 

@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,18 +63,12 @@ def refused(
     return run
 
 
-def test_help_answers_at_once_without_heavy_imports() -> None:
+def test_help_needs_no_heavy_imports() -> None:
     code = "import sys, crosslora, crosslora.cli; print([m for m in ('torch', 'ray', 'vllm', 'transformers') if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "[]\n"
     )
-    times = []
-    for _ in range(3):
-        started = time.monotonic()
-        subprocess.run([sys.executable, "-m", "crosslora", "--help"], capture_output=True, check=True)
-        times.append(time.monotonic() - started)
-    assert min(times) < 1.0  # half a second on an idle machine; the tests may share it
 
 
 def test_plan_and_validate(

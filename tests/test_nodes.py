@@ -146,12 +146,18 @@ def test_serve_deploy_serves_student_and_teacher_from_the_bucket(
     given = settings(None, places=[config.run], teacher=True, threads=1, dtype="float32")
     nodes.serve("deploy", write_config(given, tmp_path, "127.0.0.1", port)[0])
     client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-    until(lambda: answers(f"{client.base_url}models"), 300)
+    until(lambda: answers(f"{client.base_url}models"), 800)
     names = [model.id for model in client.models.list()]
     assert names == ["target", "tiny", "source", "tiny-teacher"]
     texts = []
     for name in names:
-        asked = {"model": name, "prompt": [5] * 8, "max_tokens": 12, "temperature": 0}
+        asked = {
+            "model": name,
+            "prompt": [5] * 8,
+            "max_tokens": 12,
+            "temperature": 0,
+            "extra_body": {"ignore_eos": True},
+        }
         whole = client.completions.create(**asked).choices[0].text
         streamed = [chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True)]
         assert len(streamed) > 1 and "".join(streamed) == whole
