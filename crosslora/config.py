@@ -119,6 +119,8 @@ class Fit(_Section):
     """Share of the steps over which the learning rate rises; it then falls linearly to zero."""
     residual: bool = True
     """Learn dA and dB beside the projection (design: A_t = A_s P_in^T + dA)."""
+    rehearsal: float = Field(0.2, ge=0, le=0.9)
+    """Share of the examples that is the target base's own text, so that the student leaves other text alone."""
     max_tokens: int = Field(1024, ge=16)
     """Longest prompt plus response, in student tokens; longer samples are left out."""
     min_coverage: float = Field(0.5, ge=0, le=1)

@@ -38,7 +38,7 @@ tags: [lora, crosslora]
 # {name}, moved to {base_name}
 
 A LoRA adapter for `{base}`, made by crosslora {version} from the adapter `{adapter}` of `{source}`.
-No training data was used: the source model wrote the {samples} samples that it was fitted on.
+It was fitted on {samples} samples that the source model answered; no reference answers were used.
 
 | | |
 |---|---|
@@ -47,8 +47,8 @@ No training data was used: the source model wrote the {samples} samples that it 
 | target base digest | `{base_digest}` |
 | command | `{command}` |
 
-The prompts and answers it was fitted on were written by the source model; they may contain training data that it has
-memorised. The licence of the target base applies to this adapter as well.
+In its answers, and in prompts that it wrote, the source model may have repeated training data that it has memorised.
+The licence of the target base applies to this adapter as well.
 
 ```python
 from peft import PeftModel

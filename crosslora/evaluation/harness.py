@@ -83,7 +83,7 @@ def _own_task(text: str, items: int | None) -> Task:
 
 def _of_harness(names: Sequence[str], task_data: Path | None, items: int | None) -> Benchmarks:
     if find_spec("lm_eval") is None:
-        raise UserError("lm-evaluation-harness is not installed; `pip install 'crosslora[harness]'`")
+        raise UserError("lm-evaluation-harness is not installed; `pip install '.[harness]'`")
     if task_data is not None:
         return Benchmarks(names, local_tasks(names, task_data, items))
     from lm_eval.tasks import TaskManager

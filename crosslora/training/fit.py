@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,7 @@ def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) ->
             "board": board,
         }
         trainer = _trainer(config, stage, job)
-        with _Watcher(board, stage, config.fit.steps) as watcher:
+        with _Watcher(board, stage, config.fit.steps) as watcher, _own_interrupts():
             try:
                 result = trainer.fit()
             except TrainingFailedError as error:
@@ -49,6 +52,17 @@ def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) ->
                     "same command: it goes on from the last checkpoint"
                 ) from error
     return _finish(result, stage, watcher, reach)
+
+
+@contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Ray Train takes Ctrl-C for itself and keeps it after the fit, where it would do nothing; take it back."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 def _trainer(config: Config, stage: Stage, job: dict[str, Any]) -> TorchTrainer:

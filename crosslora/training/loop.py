@@ -32,6 +32,7 @@ from crosslora.training import state
 from crosslora.training.batches import Batch, Example, batch_indices, build_examples, collate, micro_batches
 from crosslora.training.checkpoint import Progress, load, save
 from crosslora.training.losses import losses_of, num_chunks, summed_loss
+from crosslora.training.rehearsal import rehearsal
 
 GRADIENT_NORM = 1.0
 EVALUATION_BATCH = 16
@@ -64,6 +65,8 @@ def train_worker(job: dict[str, Any]) -> None:
     engine = build_engine(
         build_student(config, transfer.projection(residual=config.fit.residual)), ds_config(config.fit)
     )
+    if config.fit.rehearsal:
+        train += rehearsal(engine.module.base, pair, train, config.fit.rehearsal, config.fit.random_seed)
     Loop(engine, config.fit, train, held_out, job["board"]).run()
 
 

@@ -40,8 +40,10 @@ def _losses(config: Config, run: Path, name: str, kill_after: int | None = None)
         threading.Thread(
             target=_kill_a_worker, args=[run / name / "events.jsonl", kill_after], daemon=True
         ).start()
+    interrupt = signal.getsignal(signal.SIGINT)
     with cluster.session(config.cluster):
         fit(config, config.adapters[0].path, CORPUS, stage)
+    assert signal.getsignal(signal.SIGINT) is interrupt, "Ctrl-C means what it meant before"
     lines = [json.loads(line) for line in (run / name / "events.jsonl").read_text().splitlines()]
     if kill_after is not None:
         assert any(line["event"] == "resumed" for line in lines)

@@ -1,0 +1,75 @@
+"""Rehearsal: text that the target base writes by itself, on which the student must go on agreeing with it.
+
+Robins, "Catastrophic forgetting, rehearsal and pseudorehearsal" (1995). Nothing else holds the student where the
+corpus says nothing: what it learns from the teacher would spread over all text.
+"""
+
+from __future__ import annotations
+
+from itertools import cycle, islice
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from crosslora.text.alignment import Targets
+from crosslora.text.pair import TokenizerPair
+from crosslora.training.batches import Example
+
+TEXTS = 256
+"""Most texts that are written; beyond, they come again."""
+TOKENS = 64
+"""Of each text, after its first."""
+BATCH = 64
+FREQUENT = 8192
+"""Tokens among which the first is drawn: one start alone would give some bases one kind of text."""
+
+
+def rehearsal(
+    base: PreTrainedModel, pair: TokenizerPair, train: list[Example], share: float, random_seed: int
+) -> list[Example]:
+    """Examples of the base's own text, as many as make up `share` of them and `train` together.
+
+    Every rank must call it (ZeRO-3 gathers) and gets the same.
+    """
+    wanted = round(len(train) * share / (1 - share))
+    start_ids = list(pair.student.tokenizer("")["input_ids"])  # the BOS, where the base expects one
+    firsts = np.random.default_rng(random_seed).choice(pair.shared[:FREQUENT, 1], min(wanted, TEXTS))
+    prompts = [[*start_ids, int(first)] for first in firsts]
+    generator = torch.Generator(base.device).manual_seed(random_seed)
+    top_k = train[0].targets.top_ids.shape[1]
+    training = base.training
+    base.eval()  # with gradient checkpointing a model that trains keeps no cache
+    written: list[Example] = []
+    for start in range(0, len(prompts), BATCH):
+        written += _write(base, prompts[start : start + BATCH], top_k, generator)
+    base.train(training)
+    return list(islice(cycle(written), wanted))
+
+
+@torch.no_grad()
+def _write(
+    base: PreTrainedModel, prompts: list[list[int]], top_k: int, generator: torch.Generator
+) -> list[Example]:
+    """Sample TOKENS tokens after each of B prompts of one length, with the base's distribution at every one."""
+    ids, cache, columns = torch.tensor(prompts, device=base.device), None, []
+    for _ in range(TOKENS):
+        output = base(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        logprobs = output.logits[:, -1].float().log_softmax(-1)  # [B, vocabulary]
+        ids = torch.multinomial(logprobs.exp(), 1, generator=generator)
+        top = logprobs.topk(top_k)
+        columns.append((ids, top.indices, top.values))
+    ids_BT, top_ids_BTk, top_logprobs_BTk = (
+        torch.stack(parts, 1).cpu().numpy() for parts in zip(*columns, strict=True)
+    )
+    strict = np.ones(TOKENS, dtype=bool)
+    return [
+        Example(
+            prompt,
+            Targets(ids_T[:, 0].astype(np.int32), top_ids_Tk.astype(np.int32), top_logprobs_Tk, strict),
+        )
+        for prompt, ids_T, top_ids_Tk, top_logprobs_Tk in zip(
+            prompts, ids_BT, top_ids_BTk, top_logprobs_BTk, strict=True
+        )
+    ]
