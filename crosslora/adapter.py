@@ -15,19 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from crosslora.adapter_config import CONFIG_FILE
-from crosslora.adapter_header import WEIGHTS_FILE, AdapterHeader, ModuleShape, factor_keys, read_header
+from crosslora.adapter_header import WEIGHTS_FILE, ModuleShape, factor_keys, read_header
 from crosslora.errors import UserError
-
-__all__ = [
-    "Adapter",
-    "AdapterHeader",
-    "LoraFactors",
-    "ModuleShape",
-    "check_written",
-    "read_adapter",
-    "read_header",
-    "write_adapter",
-]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +49,6 @@ class Adapter:
     base_model_name_or_path: str
     factors: dict[str, LoraFactors]
     digest: str
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        return {module: pair.rank for module, pair in self.factors.items()}
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -102,27 +87,24 @@ def write_adapter(
     folder: str | Path,
     factors: Mapping[str, LoraFactors],
     base_model_name_or_path: str,
-    extra: Mapping[str, str] | None = None,
 ) -> None:
     """Write a plain PEFT LoRA folder, then reopen it and compare it with `factors`.
 
-    Alpha equals the rank in every module, so the scaling is 1. `extra` (say, a digest of the base) goes into
-    the metadata of the safetensors file, because PEFT warns of every config field it does not know;
-    `read_header` gives it back. A crash leaves either the old adapter, or none, or the new one.
+    Alpha equals the rank in every module, so the scaling is 1. A crash leaves either the old adapter, or none, or the
+    new one.
     Raises UserError where the factors are not finite or all zero, and where the folder cannot be written.
     """
     path = Path(folder)
     _check_values(path, factors, "the fit diverged or did nothing, so check its learning rate and steps")
     tensors = _tensors(factors)
     config = json.dumps(_config(factors, base_model_name_or_path), indent=2, sort_keys=True)
-    metadata = {**(extra or {}), "format": "pt"}
     try:
         path.mkdir(parents=True, exist_ok=True)
         with (
             _unfinished(path / WEIGHTS_FILE) as weights_file,
             _unfinished(path / CONFIG_FILE) as config_file,
         ):
-            save_file(tensors, weights_file, metadata)
+            save_file(tensors, weights_file, {"format": "pt"})
             config_file.write_text(config, encoding="utf-8")
             weights_file.chmod(config_file.stat().st_mode)  # safetensors gives 0600, whatever the umask
             _to_disk(weights_file, config_file)

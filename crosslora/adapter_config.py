@@ -60,7 +60,6 @@ class LoraSettings:
 
     file: Path
     base_model_name_or_path: str
-    revision: str | None
     r: int
     alpha: float
     use_rslora: bool
@@ -89,7 +88,6 @@ def read_settings(folder: Path) -> LoraSettings:
     return LoraSettings(
         file=file,
         base_model_name_or_path=config.get("base_model_name_or_path") or "",
-        revision=config.get("revision"),
         r=config["r"],
         alpha=config["lora_alpha"],
         use_rslora=bool(config.get("use_rslora")),
@@ -124,9 +122,9 @@ def _check_kind(file: Path, config: dict[str, Any]) -> None:
         raise _refusal(
             file, config, "task_type", "only causal language models are moved; give a CAUSAL_LM adapter"
         )
-    for name in ("base_model_name_or_path", "revision"):
-        if not isinstance(config.get(name), str | None):
-            raise _refusal(file, config, name, "it is not a name; write a string or null there")
+    name = "base_model_name_or_path"
+    if not isinstance(config.get(name), str | None):
+        raise _refusal(file, config, name, "it is not a name; write a string or null there")
 
 
 def _check_refused(file: Path, config: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -46,16 +46,13 @@ class AdapterHeader:
 
     `modules` is keyed by module path inside the base model ("model.layers.3.self_attn.q_proj"), sorted.
     `base_model_name_or_path` is "" where the config names no base. `digest` is a sha256 over both files.
-    `extra` is what `write_adapter` was given under that name.
     """
 
     name: str
     path: Path
     base_model_name_or_path: str
-    revision: str | None
     modules: dict[str, ModuleShape]
     digest: str
-    extra: dict[str, str] = field(default_factory=dict)
 
 
 def read_header(folder: str | Path) -> AdapterHeader:
@@ -66,7 +63,7 @@ def read_header(folder: str | Path) -> AdapterHeader:
     path = Path(os.path.abspath(folder))
     settings = read_settings(path)
     weights = _find_weights(path)
-    shapes, metadata = _read_shapes(weights)
+    shapes = _read_shapes(weights)
     keys = factor_keys(weights, shapes)
     modules = {
         module: _module_shape(weights, settings, module, shapes[sides["A"]], shapes[sides["B"]])
@@ -76,10 +73,8 @@ def read_header(folder: str | Path) -> AdapterHeader:
         name=path.name,
         path=path,
         base_model_name_or_path=settings.base_model_name_or_path,
-        revision=settings.revision,
         modules=modules,
         digest=_digest(settings.file, weights),
-        extra={key: value for key, value in metadata.items() if key != "format"},
     )
 
 
@@ -96,14 +91,13 @@ def _find_weights(folder: Path) -> Path:
     return file
 
 
-def _read_shapes(file: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Shape of each tensor by name, and the file's metadata."""
+def _read_shapes(file: Path) -> dict[str, list[int]]:
+    """Shape of each tensor by name."""
     try:
         with safe_open(file, framework="numpy") as tensors:
             slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 - not a mapping
             types = {key: part.get_dtype() for key, part in slices.items()}
             shapes = {key: part.get_shape() for key, part in slices.items()}
-            metadata = tensors.metadata() or {}
     except (OSError, SafetensorError) as error:
         way_out = "copy it again (with `git lfs pull` if it came by git)"
         raise UserError(f"{file}: not a readable safetensors file ({error}); {way_out}") from error
@@ -112,7 +106,7 @@ def _read_shapes(file: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
             raise UserError(
                 f"{file}: {key} has type {kind}; save the adapter in float32, float16 or bfloat16"
             )
-    return shapes, metadata
+    return shapes
 
 
 def factor_keys(file: Path, keys: Iterable[str]) -> dict[str, dict[str, str]]:

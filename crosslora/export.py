@@ -76,9 +76,7 @@ def export(
     identity = target_identity(config.target)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_adapter(
-            folder, projection.lora_factors(), config.target.base, {"base_digest": identity["base_digest"]}
-        )
+        write_adapter(folder, projection.lora_factors(), config.target.base)
         check_fits_base(folder, resolve(config.target))
         check_acts(folder, resolve(config.target), config.fit.dtype, pair.student.prompt_ids(PROBE))
         exported_tokenizer(pair.student).save_pretrained(folder)
