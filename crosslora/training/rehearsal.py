@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from crosslora.projection.student import logits_of
 from crosslora.text.alignment import Targets
 from crosslora.text.pair import TokenizerPair
 from crosslora.training.batches import Example
@@ -54,10 +55,11 @@ def _write(
     """Sample TOKENS tokens after each of B prompts of one length, with the base's distribution at every one."""
     ids, cache, columns = torch.tensor(prompts, device=base.device), None, []
     for _ in range(TOKENS):
-        output = base(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = base.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        logprobs = output.logits[:, -1].float().log_softmax(-1)  # [B, vocabulary]
-        ids = torch.multinomial(logprobs.exp(), 1, generator=generator)
+        # [B, vocabulary]; of all positions, PyTorch would copy the head once per text on CPU
+        logprobs = logits_of(base, output.last_hidden_state[:, -1]).float().log_softmax(-1)
+        ids = _sample(logprobs, generator)
         top = logprobs.topk(top_k)
         columns.append((ids, top.indices, top.values))
     ids_BT, top_ids_BTk, top_logprobs_BTk = (
@@ -73,3 +75,11 @@ def _write(
             prompts, ids_BT, top_ids_BTk, top_logprobs_BTk, strict=True
         )
     ]
+
+
+def _sample(logprobs_BV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One token of each row [B, 1]: where the summed probabilities pass a random number. torch.multinomial draws one for
+    every entry, which takes longer than the model itself."""
+    sums_BV = logprobs_BV.exp().cumsum(-1)
+    drawn = torch.rand(len(sums_BV), 1, generator=generator, device=sums_BV.device) * sums_BV[:, -1:]
+    return torch.searchsorted(sums_BV, drawn).clamp_max(sums_BV.shape[1] - 1)
