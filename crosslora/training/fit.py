@@ -189,6 +189,8 @@ class _Watcher:
         self._stage.event(**event)
         if event["event"] == "resumed":
             meter.start_at(event["step"])
+        elif event["event"] == "rehearsal":
+            meter.advance(0, "the target base writes text of its own")
         elif event["event"] == "held_out":
             self._held_out = f"held-out {event['loss']:.4f}"
         else:

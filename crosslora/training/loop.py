@@ -66,6 +66,8 @@ def train_worker(job: dict[str, Any]) -> None:
         build_student(config, transfer.projection(residual=config.fit.residual)), ds_config(config.fit)
     )
     if config.fit.rehearsal:
+        if context.get_world_rank() == 0:
+            job["board"].add.remote({"event": "rehearsal"})
         train += rehearsal(engine.module.base, pair, train, config.fit.rehearsal, config.fit.random_seed)
     Loop(engine, config.fit, train, held_out, job["board"]).run()
 
