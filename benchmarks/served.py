@@ -5,8 +5,9 @@
 Both answer the same items: the run's own tasks, 200 questions of GSM8K and one of 20 of MMLU (DIR as for `crosslora
 evaluate`), for the teacher and the student. By itself vLLM runs in a process of its own, without Ray, Serve and HTTP: the
 harness's own vLLM backend, and a plain LLM for the run's tasks; with --plain-lora also without crosslora's form of LoRA on
-CPU, which rounds elsewhere. `difference` is served - alone over the items with its
-standard error; `identical` the share of greedy answers that are the same text, or of questions with the same choice.
+CPU, which rounds elsewhere. In --dtype float32 no rounding hides or makes a difference. `difference` is served - alone over
+the items with its standard error; `identical` the share of greedy answers that are the same text, or of questions with the
+same choice.
 """
 
 from __future__ import annotations
@@ -178,12 +179,12 @@ def compared(one: Given, two: Given) -> dict[str, Any]:
     }
 
 
-def judge(run: str, task_data: Path, items: dict[str, int], plain_lora: bool) -> Iterator[tuple[str, Any]]:
+def judge(run: str, questions: Questions) -> Iterator[tuple[str, Any]]:
     """Teacher and student of the first adapter of a run: by task both scores and how alike they are."""
-    config, folder = config_of_run(run), RunFolder.open(run)
+    config = questions.config
+    folder = RunFolder.open(run)
     source = config.adapters[0]
     pair, adapter = TokenizerPair.load(config.source, config.target), read_adapter(source.path)
-    questions = Questions(config, items, task_data, plain_lora)
     with tempfile.TemporaryDirectory() as temporary:
         exported = folder.sub(f"export/{source.name}")
         folders = adapter_folders(config, adapter, pair, exported, Path(temporary))
@@ -207,10 +208,21 @@ def main() -> None:
     parser.add_argument("--task-data", type=Path, required=True)
     parser.add_argument("--items", type=json.loads, default=ITEMS, help="JSON of task and number of items")
     parser.add_argument("--plain-lora", action="store_true")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="the run's own unless given")
     parser.add_argument("--out", type=Path, default=HERE / "served.json")
     given = parser.parse_args()
-    result: dict[str, Any] = {"versions": installed(), "plain_lora": given.plain_lora, "models": {}}
-    for model, tasks in judge(given.run, given.task_data, given.items, given.plain_lora):
+    config = config_of_run(given.run)
+    if given.dtype:
+        evaluation = config.evaluation.model_copy(update={"dtype": given.dtype})
+        config = config.model_copy(update={"evaluation": evaluation})
+    questions = Questions(config, given.items, given.task_data, given.plain_lora)
+    result: dict[str, Any] = {
+        "versions": installed(),
+        "dtype": config.evaluation.dtype,
+        "plain_lora": given.plain_lora,
+        "models": {},
+    }
+    for model, tasks in judge(given.run, questions):
         result["models"][model] = tasks
         given.out.write_text(json.dumps(result, indent=2) + "\n")
         say(f"{model}: {json.dumps(tasks)}")
