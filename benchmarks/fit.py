@@ -99,7 +99,7 @@ def measure(
     config: Config, examples: list[Example], pair: TokenizerPair, steps: int
 ) -> list[dict[str, float]]:
     """Tokens/s of both for every step after the warm-up; who goes first changes from step to step."""
-    use_plain_attention(examples)
+    use_plain_attention(example.length for example in examples)
     student, our_loss = our_student(config, pair)
     models = {"crosslora": (student, our_loss), "peft": plain_peft(config, student)}
     both = {name: Contestant(*model, config.fit.learning_rate) for name, model in models.items()}

@@ -121,7 +121,7 @@ def train(base: Base, rows: Sequence[dict[str, str]], recipe: Recipe, title: str
     torch.manual_seed(recipe.random_seed)
     folder = resolve(base)
     examples = conversations(rows, load_format(folder, base))
-    use_plain_attention(examples)
+    use_plain_attention(example.length for example in examples)
     settings = LoraConfig(
         r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )

@@ -28,6 +28,7 @@ from crosslora.text.pair import TokenizerPair
 from crosslora.training.batches import Batch, Example, batch_indices, build_examples, collate
 from crosslora.training.loop import EVALUATION_BATCH, GRADIENT_NORM, learning_rate, use_plain_attention
 from crosslora.training.losses import losses_of, summed_loss
+from crosslora.training.rehearsal import rehearsal
 
 
 class PlainLora(nn.Module):
@@ -69,12 +70,14 @@ def distil(
     train, held_out = (build_examples(part, pair, config.fit.max_tokens) for part in samples)
     if cross_entropy:
         train, held_out = ([_text_alone(example) for example in part] for part in (train, held_out))
-    use_plain_attention([*train, *held_out])
+    use_plain_attention(example.length for example in [*train, *held_out])
     seed = config.fit.random_seed
     adapter = read_adapter(config.adapters[0].path)
     module = build(build_transfer(adapter, config.source, config.target, pair, seed), seed)
     student = Student(load_model(resolve(config.target), config.fit.dtype), module)
     started = time.monotonic()
+    if not cross_entropy:  # on text alone its own text would teach it nothing
+        train += rehearsal(student.base, pair, train, config.fit.rehearsal, seed)
     tokens, best_step = _train(student, module, train, held_out, config.fit)
     seconds = time.monotonic() - started
     with torch.no_grad():

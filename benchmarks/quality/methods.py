@@ -19,6 +19,7 @@ from benchmarks.quality.distil import PlainLora, distil
 from benchmarks.quality.tasks import Row
 from benchmarks.train_adapter import Recipe, conversations, mean_loss, save, train
 from crosslora.adapter import LoraFactors, read_adapter, write_adapter
+from crosslora.adapter_config import read_settings
 from crosslora.config import Base, Config, Prompts
 from crosslora.evaluation.baselines import baseline
 from crosslora.models import load_format, resolve
@@ -59,7 +60,7 @@ def oracle(cell: Cell) -> Report:
     base, rows = cell.bases[1], cell.rows[0]
     rate, tried = _oracle_rate(cell)
     recipe = Recipe(
-        rank=read_adapter(cell.source_adapter).rank,
+        rank=read_settings(cell.source_adapter).r,
         steps=cell.setting.steps,
         batch_size=BATCH,
         learning_rate=rate,
@@ -76,7 +77,7 @@ def _oracle_rate(cell: Cell) -> tuple[float, Report]:
     folder = cell.folder.parent / "oracle-rates"
     for rate in ORACLE_RATES:
         if not (folder / f"{rate}.json").exists():
-            rank = read_adapter(cell.source_adapter).rank
+            rank = read_settings(cell.source_adapter).r
             recipe = Recipe(rank, cell.setting.steps, BATCH, rate, completions_only=True)
             rows = cell.rows[0]
             alone(_train_into, cell.bases[1], rows[VALIDATION:], recipe, folder / str(rate), f"oracle {rate}")

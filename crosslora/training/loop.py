@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -59,7 +59,7 @@ def train_worker(job: dict[str, Any]) -> None:
     pair = TokenizerPair.load(config.source, config.target)
     samples = read_corpus(RunFolder.open(config.run), *job["corpus"])
     train, held_out = (build_examples(part, pair, config.fit.max_tokens) for part in samples)
-    use_plain_attention([*train, *held_out])
+    use_plain_attention(example.length for example in [*train, *held_out])
     adapter = read_adapter(job["adapter"])
     transfer = build_transfer(adapter, config.source, config.target, pair, config.fit.random_seed)
     engine = build_engine(
@@ -72,11 +72,10 @@ def train_worker(job: dict[str, Any]) -> None:
     Loop(engine, config.fit, train, held_out, job["board"]).run()
 
 
-def use_plain_attention(examples: Sequence[Example]) -> None:
+def use_plain_attention(lengths: Iterable[int]) -> None:
     """Leave fused attention out on CPU where sequences are short: its backward pass takes several times as long there
     as that of the plain products."""
-    longest = max(example.length for example in examples)
-    if not torch.cuda.is_available() and longest <= LONGEST_PLAIN_ATTENTION:
+    if not torch.cuda.is_available() and max(lengths) <= LONGEST_PLAIN_ATTENTION:
         torch.backends.cuda.enable_flash_sdp(False)  # the switch of the CPU's fused kernel too
 
 

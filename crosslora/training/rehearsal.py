@@ -7,6 +7,7 @@ corpus says nothing: what it learns from the teacher would spread over all text.
 from __future__ import annotations
 
 from itertools import cycle, islice
+from math import ceil
 
 import numpy as np
 import torch
@@ -18,10 +19,9 @@ from crosslora.text.pair import TokenizerPair
 from crosslora.training.batches import Example
 
 TEXTS = 256
-"""Most texts that are written; beyond, they come again."""
+"""Most texts that are written, all at once; beyond, they come again."""
 TOKENS = 64
 """Of each text, after its first."""
-BATCH = 64
 FREQUENT = 8192
 """Tokens among which the first is drawn: one start alone would give some bases one kind of text."""
 
@@ -33,7 +33,7 @@ def rehearsal(
 
     Every rank must call it (ZeRO-3 gathers) and gets the same.
     """
-    wanted = round(len(train) * share / (1 - share))
+    wanted = ceil(len(train) * share / (1 - share))
     start_ids = list(pair.student.tokenizer("")["input_ids"])  # the BOS, where the base expects one
     firsts = np.random.default_rng(random_seed).choice(pair.shared[:FREQUENT, 1], min(wanted, TEXTS))
     prompts = [[*start_ids, int(first)] for first in firsts]
@@ -41,9 +41,7 @@ def rehearsal(
     top_k = train[0].targets.top_ids.shape[1]
     training = base.training
     base.eval()  # with gradient checkpointing a model that trains keeps no cache
-    written: list[Example] = []
-    for start in range(0, len(prompts), BATCH):
-        written += _write(base, prompts[start : start + BATCH], top_k, generator)
+    written = _write(base, prompts, top_k, generator)
     base.train(training)
     return list(islice(cycle(written), wanted))
 
@@ -80,6 +78,6 @@ def _write(
 def _sample(logprobs_BV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One token of each row [B, 1]: where the summed probabilities pass a random number. torch.multinomial draws one for
     every entry, which takes longer than the model itself."""
-    sums_BV = logprobs_BV.exp().cumsum(-1)
+    sums_BV = logprobs_BV.exp().cumsum_(-1)
     drawn = torch.rand(len(sums_BV), 1, generator=generator, device=sums_BV.device) * sums_BV[:, -1:]
     return torch.searchsorted(sums_BV, drawn).clamp_max(sums_BV.shape[1] - 1)
