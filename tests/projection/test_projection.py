@@ -84,7 +84,7 @@ def test_the_student_is_the_base_with_the_written_adapter(
         projection = project(read_adapter(pair[2]).factors, source, target)
         student = Student(base, projection)
         logits = student.logits(student(ids))
-        write_adapter(tmp_path / "out", projection.lora_factors(), str(pair[1]), None)
+        write_adapter(tmp_path / "out", projection.lora_factors(), str(pair[1]))
         fresh = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32)
         wanted = PeftModel.from_pretrained(fresh, tmp_path / "out").eval()(ids).logits
         torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
