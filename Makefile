@@ -32,7 +32,7 @@ lint: $(READY)
 	@echo "== Style and types"
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
-	@$(RUN) mypy crosslora benchmarks
+	@$(RUN) mypy crosslora benchmarks tests
 
 test: lint models
 	@echo "== Tests"

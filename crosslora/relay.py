@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from starlette.responses import Response
@@ -49,7 +49,7 @@ class Relay:
         return Response(json.dumps(listed), media_type="application/json")
 
 
-async def answer(app: ASGIApp, call: Call) -> AsyncIterator[Message]:
+async def answer(app: ASGIApp, call: Call) -> AsyncGenerator[Message]:
     """The messages with which an ASGI app answers. A caller that stops listening cancels it."""
     scope = {
         **{name: call[name] for name in ("method", "path", "headers")},

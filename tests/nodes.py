@@ -47,7 +47,7 @@ class Nodes:
         head_host = next(self._hosts)
         (folder / "environment").symlink_to(sys.prefix)
         programs = folder / "environment" / "bin"
-        self._ray = [programs / "python", "-m", "ray.scripts.scripts"]
+        self._ray: list[str | Path] = [programs / "python", "-m", "ray.scripts.scripts"]
         self._port, jobs = _port(), _port()
         self._environment = {
             **os.environ,
@@ -92,7 +92,7 @@ class Nodes:
         """`ray job submit`, which ends with the job and fails with it."""
         self._last_job = f"job-{uuid.uuid4().hex}"
         options = ["--working-dir", ".", "--submission-id", self._last_job]
-        arguments = [*self._ray, "job", "submit", *options, "--", *command]
+        arguments: list[str | Path] = [*self._ray, "job", "submit", *options, "--", *command]
         return subprocess.Popen(arguments, env=self._environment, cwd=ROOT)
 
     def stop_job(self) -> None:
@@ -103,7 +103,7 @@ class Nodes:
 
     def serve(self, *arguments: str | Path) -> None:
         """Ray Serve's own command, `serve`."""
-        program = [self._ray[0], "-m", "ray.serve.scripts"]
+        program: list[str | Path] = [self._ray[0], "-m", "ray.serve.scripts"]
         subprocess.run([*program, *arguments], env=self._environment, cwd=ROOT, check=True)
 
     def lose_node_of(self, process: str) -> None:
@@ -129,7 +129,7 @@ class Nodes:
         # Without a port of its own the agent that starts jobs gives up where another Ray still holds the usual one.
         agent = f"--dashboard-agent-listen-port={_port()}"
         address = f"--node-ip-address={host.address}"
-        command = [*host.inside, *self._ray, "start", "--block", agent, address, *options]
+        command: list[str | Path] = [*host.inside, *self._ray, "start", "--block", agent, address, *options]
         log = self._folder / f"{uuid.uuid4().hex}.log"
         with log.open("wb") as file:
             node = subprocess.Popen(command, env=self._environment, cwd=ROOT, stdout=file, stderr=file)

@@ -21,7 +21,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.utils import logging as transformers_logging
 
 from crosslora import adapter, adapter_config
-from crosslora.adapter import LoraFactors, check_written, read_adapter, read_header, write_adapter
+from crosslora.adapter import LoraFactors, check_written, read_adapter, write_adapter
+from crosslora.adapter_header import read_header
 from crosslora.errors import UserError
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -151,7 +151,7 @@ def test_serve_deploy_serves_student_and_teacher_from_the_bucket(
     assert names == ["target", "tiny", "source", "tiny-teacher"]
     texts = []
     for name in names:
-        asked = {
+        asked: Any = {
             "model": name,
             "prompt": [5] * 8,
             "max_tokens": 12,
@@ -163,12 +163,12 @@ def test_serve_deploy_serves_student_and_teacher_from_the_bucket(
         assert len(streamed) > 1 and "".join(streamed) == whole
         texts.append(whole)
     assert len(set(texts)) >= 3, "they are different models"
-    tokenizer = ChatFormat(load_tokenizer(config.target.base))
+    tokenizer = ChatFormat(load_tokenizer(Path(config.target.base)))
     chat: list[Any] = [{"role": "user", "content": "Say river"}]
     ids: Any = {"max_tokens": 1, "extra_body": {"return_token_ids": True}}
     asked_ids = [
-        client.chat.completions.create(model="tiny", messages=chat, **ids).prompt_token_ids,  # type: ignore[attr-defined]
-        client.completions.create(model="tiny", prompt="Say river", **ids).choices[0].prompt_token_ids,  # type: ignore[attr-defined]
+        client.chat.completions.create(model="tiny", messages=chat, **ids).prompt_token_ids,
+        client.completions.create(model="tiny", prompt="Say river", **ids).choices[0].prompt_token_ids,
     ]
     assert asked_ids[0] == tokenizer.prompt_ids("Say river")
     bos = tokenizer.tokenizer.bos_token_id
@@ -205,7 +205,13 @@ def test_a_replica_is_lost_in_evaluation(
 def test_a_stopped_job_goes_on(
     early_shards: dict[int, str], nodes: Nodes, config_file: Path, store: str
 ) -> None:
-    command = ["python", "ray_jobs/export.py", "--config", config_file, "cluster.address=auto"]
+    command: list[str | Path] = [
+        "python",
+        "ray_jobs/export.py",
+        "--config",
+        config_file,
+        "cluster.address=auto",
+    ]
     command += [f"run={store}/stopped", "synthesis.samples=1200", "fit.steps=20"]
     stopped, seen = RunFolder.open(f"{store}/stopped"), []
     for stage, event in (("synthesize", "shard"), ("fit", "step")):
@@ -227,7 +233,7 @@ def test_a_stopped_job_goes_on(
 
 @pytest.mark.slow
 def test_speed_is_measured_as_a_job(nodes: Nodes, config_file: Path, store: str) -> None:
-    job = [
+    job: list[str | Path] = [
         "python",
         "ray_jobs/benchmark.py",
         "--config",

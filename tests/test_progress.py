@@ -9,7 +9,7 @@ from crosslora import progress
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, to be set by the test."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("crosslora.progress.time.monotonic", lambda: now[0])
     return now
 
 

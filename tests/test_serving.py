@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 import lm_eval
-import psutil  # type: ignore[import-untyped]
+import psutil
 import pytest
 import ray
 import torch

@@ -23,7 +23,8 @@ class SlowBoard:
 
 def test_replicas_may_report_at_the_same_time(tmp_path: Path) -> None:
     async def story() -> list[tuple[str, str]]:
-        board, shelf = SlowBoard(), Shelf.func_or_class.__new__(Shelf.func_or_class)
+        shelf_class: Any = Shelf.func_or_class  # type: ignore[attr-defined]  # without Ray Serve around it
+        board, shelf = SlowBoard(), shelf_class.__new__(shelf_class)
         rules = Rules("base", None, None, {"max_lora_rank": 8, "lora_target_modules": []})
         await shelf.__init__(Places((str(tmp_path),)), rules, board)
         await shelf._apply([Change(name, "state", files={}) for name in ("one", "two", "three")])

@@ -60,7 +60,13 @@ def config_file(config: Config) -> Path:
 @pytest.fixture(scope="module")
 def run(config: Config, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run, ended by a job on a cluster of one node."""
-    job = ["python", "ray_jobs/transfer.py", "--config", config_file, "cluster.address=auto"]
+    job: list[str | Path] = [
+        "python",
+        "ray_jobs/transfer.py",
+        "--config",
+        config_file,
+        "cluster.address=auto",
+    ]
     job += ["fit.workers=2", "fit.zero_stage=2"]
     with Nodes(tmp_path_factory.mktemp("link"), head_cpus=os.cpu_count() or 1) as nodes:
         nodes.job(*job)

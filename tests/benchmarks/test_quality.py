@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.quality import made, summary
-from benchmarks.quality.cells import Cell
+from benchmarks.quality.cells import RESULTS, Cell
 from benchmarks.quality.tasks import TASKS
 
 
@@ -90,7 +90,7 @@ def test_gains_are_ratios_of_means_over_random_seeds(tmp_path: Path, monkeypatch
 
 
 def test_committed_cells_are_what_they_say() -> None:
-    files = list(summary.RESULTS.rglob("*.json"))
+    files = list(RESULTS.rglob("*.json"))
     assert files
     for file in files:
         cell = json.loads(file.read_text())

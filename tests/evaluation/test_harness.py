@@ -51,7 +51,7 @@ def test_a_group_is_all_its_tasks_under_the_first_filter() -> None:
         "mmlu_anatomy": [row("none", 0.0), row("loose", 1.0)],
         "gsm8k": [row("none", 1.0)],
     }
-    metric, scores = headline(samples, "mmlu")  # type: ignore[arg-type]
+    metric, scores = headline(samples, "mmlu")
     assert (metric, scores.tolist()) == ("acc", [0.0, 1.0])
 
 

@@ -1,5 +1,7 @@
 """Every sample gets the first reason that applies."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -23,8 +25,8 @@ WORDS = ("alpha river", "beta mountain", "gamma window", "delta kitchen", "omega
         ({"logprobs_off": np.full(3, -0.5, dtype=np.float32)}, "adapter_effect"),
     ],
 )
-def test_reasons(changes: dict[str, object], verdict: str) -> None:
-    assert verdicts([sample("0", **changes)], SETTINGS)[0]["verdict"] == verdict  # type: ignore[arg-type]
+def test_reasons(changes: dict[str, Any], verdict: str) -> None:
+    assert verdicts([sample("0", **changes)], SETTINGS)[0]["verdict"] == verdict
 
 
 def test_near_duplicates_keep_the_first() -> None:
@@ -33,14 +35,14 @@ def test_near_duplicates_keep_the_first() -> None:
         "play the  new album by the band tonight",
         "Book a table in Paris",
     )
-    rows = verdicts([sample(str(i), prompt=text) for i, text in enumerate(texts)], SETTINGS)  # type: ignore[arg-type]
+    rows = verdicts([sample(str(i), prompt=text) for i, text in enumerate(texts)], SETTINGS)
     assert [row["verdict"] for row in rows] == ["kept", "near_duplicate", "kept"]
 
 
 def test_held_out_samples_are_kept_ones_and_chosen_by_the_random_seed() -> None:
     samples = [
         sample(f"{w}{i}", prompt=f"{w} {i * 7919} {w[::-1]} {i * 104729}") for w in WORDS for i in range(20)
-    ]  # type: ignore[arg-type]
+    ]
     rows = verdicts(samples, SETTINGS)
     kept = count_by_verdict(rows)["kept"]
     held_out = [row for row in rows if row["held_out"]]

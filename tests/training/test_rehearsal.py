@@ -1,7 +1,5 @@
 """Rehearsal: the target base's own text, with the distributions that it was drawn from."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -28,7 +26,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> TokenizerPair:
 
 @pytest.fixture(scope="module")
 def base(pair: TokenizerPair) -> torch.nn.Module:
-    return load_model(Path(pair.student.tokenizer.name_or_path), "float32")
+    return load_model(pair.student.tokenizer.name_or_path, "float32")
 
 
 def corpus(size: int) -> list[Example]:
