@@ -5,7 +5,7 @@
 Both answer the same items: the run's own tasks, 200 questions of GSM8K and one of 20 of MMLU (DIR as for `crosslora
 evaluate`), for the teacher and the student. By itself vLLM runs in a process of its own, without Ray, Serve and HTTP: the
 harness's own vLLM backend, and a plain LLM for the run's tasks; with --plain-lora also without crosslora's form of LoRA on
-CPU, which rounds elsewhere. In --dtype float32 no rounding hides or makes a difference. `difference` is served - alone over
+CPU, which rounds elsewhere. In --dtype float32 rounding hardly makes a difference. `difference` is served - alone over
 the items with its standard error; `identical` the share of greedy answers that are the same text, or of questions with the
 same choice.
 """

@@ -128,7 +128,11 @@ def state_of(folder: RunFolder) -> str:
 def keep_source(run: RunFolder, source: AdapterSource) -> None:
     """Copy a source adapter into its run: the teacher may be wanted where the adapter's own folder is not."""
     for file in (CONFIG_FILE, WEIGHTS_FILE):
-        run.write_bytes(f"source/{source.name}/{file}", (source.path / file).read_bytes())
+        place, content = f"source/{source.name}/{file}", (source.path / file).read_bytes()
+        if (
+            not run.exists(place) or run.read_bytes(place) != content
+        ):  # a teacher that is served need not be loaded again
+            run.write_bytes(place, content)
 
 
 def kept_source(run: RunFolder, name: str) -> RunFolder:
@@ -157,4 +161,5 @@ def _folders(place: str) -> Iterator[tuple[str, RunFolder]]:
 def _teachers(run: str) -> Iterator[tuple[str, RunFolder]]:
     folder = RunFolder.open(run)
     for source in config_of_run(run).adapters:
-        yield f"{source.name}{OF_TEACHER}", kept_source(folder, source.name)
+        if folder.exists(f"export/{source.name}/manifest.json"):
+            yield f"{source.name}{OF_TEACHER}", kept_source(folder, source.name)

@@ -38,7 +38,8 @@ tags: [lora, crosslora]
 # {name}, moved to {base_name}
 
 A LoRA adapter for `{base}`, made by crosslora {version} from the adapter `{adapter}` of `{source}`.
-It was fitted on {samples} samples that the source model answered; no reference answers were used.
+It was fitted on {samples} samples that the source model answered and on text that the target base wrote; no
+reference answers were used.
 
 | | |
 |---|---|

@@ -134,7 +134,8 @@ def _stages(config: Config, source: AdapterSource, folder: RunFolder) -> Iterato
     name = source.name
     adapter = read_adapter(source.path)
     corpus = folder.stage(f"synthesize/{name}", _synthesis_inputs(config, adapter))
-    _once(corpus, lambda: _write_corpus(config, source, corpus))
+    _once(corpus, lambda: synthesize(config, source.path, corpus))
+    keep_source(folder, source)
     yield corpus
     filtered = folder.stage(f"filter/{name}", _filter_inputs(config, corpus))
     _once(filtered, lambda: filter_corpus(config, corpus, filtered))
@@ -152,11 +153,6 @@ def _stages(config: Config, source: AdapterSource, folder: RunFolder) -> Iterato
     kl = fitted.manifest()["held_out_kl"]
     _once(evaluated, lambda: evaluate(config, adapter, parts, exported, kl, evaluated))
     yield evaluated
-
-
-def _write_corpus(config: Config, source: AdapterSource, corpus: Stage) -> None:
-    keep_source(corpus.folder, source)
-    synthesize(config, source.path, corpus)
 
 
 def _synthesis_inputs(config: Config, adapter: Adapter) -> dict[str, Any]:

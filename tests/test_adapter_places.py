@@ -57,6 +57,7 @@ def test_adapters_of_runs_and_folders_by_path_and_uri(run: Path, base: Path, tmp
 def test_a_run_keeps_its_source_adapters(run: Path, base: Path, tmp_path: Path) -> None:
     """Served as teachers, they are read from the run."""
     teachers = Places((f"file://{run}",), teachers=True)
+    (run / "export/second").mkdir()  # not finished: it has no teacher yet
     with pytest.raises(UserError, match=r"source/first: holds no adapter_model\.safetensors; copy"):
         teachers.find(tmp_path / "none")
     for number, name in enumerate(("first", "second")):
@@ -65,7 +66,11 @@ def test_a_run_keeps_its_source_adapters(run: Path, base: Path, tmp_path: Path) 
         weights = "adapter_model.safetensors"
         assert (run / "source" / name / weights).read_bytes() == (tmp_path / name / weights).read_bytes()
     found = teachers.find(tmp_path / "copies")
-    assert [adapter.name for adapter in found] == ["first-teacher", "second-teacher"]
+    assert [adapter.name for adapter in found] == ["first-teacher"]
+    kept = run / "source/first/adapter_model.safetensors"
+    written = kept.stat().st_mtime_ns
+    keep_source(RunFolder.open(str(run)), AdapterSource(name="first", path=tmp_path / "first"))
+    assert kept.stat().st_mtime_ns == written
 
 
 def test_an_adapter_without_a_base_asks_for_one(base: Path, tmp_path: Path) -> None:

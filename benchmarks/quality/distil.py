@@ -76,7 +76,7 @@ def distil(
     module = build(build_transfer(adapter, config.source, config.target, pair, seed), seed)
     student = Student(load_model(resolve(config.target), config.fit.dtype), module)
     started = time.monotonic()
-    if not cross_entropy:  # on text alone its own text would teach it nothing
+    if config.fit.rehearsal and not cross_entropy:  # on text alone its own text would teach it nothing
         train += rehearsal(student.base, pair, train, config.fit.rehearsal, seed)
     tokens, best_step = _train(student, module, train, held_out, config.fit)
     seconds = time.monotonic() - started

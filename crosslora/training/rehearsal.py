@@ -19,11 +19,14 @@ from crosslora.text.pair import TokenizerPair
 from crosslora.training.batches import Example
 
 TEXTS = 256
-"""Most texts that are written, all at once; beyond, they come again."""
+"""Most texts that are written; beyond, they come again."""
 TOKENS = 64
 """Of each text, after its first."""
+BATCH = 64
+"""Texts at a time: with ZeRO-3 every step gathers all weights, and a 70B base caches 1.4 GB for so many."""
 FREQUENT = 8192
-"""Tokens among which the first is drawn: one start alone would give some bases one kind of text."""
+"""Shared tokens, frequent ones of the teacher's tokenizer first, among which the first token is drawn: one start alone
+would give some bases one kind of text."""
 
 
 def rehearsal(
@@ -31,17 +34,20 @@ def rehearsal(
 ) -> list[Example]:
     """Examples of the base's own text, as many as make up `share` of them and `train` together.
 
-    Every rank must call it (ZeRO-3 gathers) and gets the same.
+    Every rank must call it (ZeRO-3 gathers) and gets the same, as far as it computes the same.
     """
     wanted = ceil(len(train) * share / (1 - share))
-    start_ids = list(pair.student.tokenizer("")["input_ids"])  # the BOS, where the base expects one
+    tokenizer = pair.student.tokenizer
+    bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
     firsts = np.random.default_rng(random_seed).choice(pair.shared[:FREQUENT, 1], min(wanted, TEXTS))
-    prompts = [[*start_ids, int(first)] for first in firsts]
+    prompts = [[*bos, int(first)] for first in firsts]
     generator = torch.Generator(base.device).manual_seed(random_seed)
     top_k = train[0].targets.top_ids.shape[1]
     training = base.training
     base.eval()  # with gradient checkpointing a model that trains keeps no cache
-    written = _write(base, prompts, top_k, generator)
+    written: list[Example] = []
+    for start in range(0, len(prompts), BATCH):
+        written += _write(base, prompts[start : start + BATCH], top_k, generator)
     base.train(training)
     return list(islice(cycle(written), wanted))
 
