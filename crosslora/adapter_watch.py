@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crosslora.adapter_config import CONFIG_FILE
+from crosslora.adapter_header import WEIGHTS_FILE
 from crosslora.adapter_places import TOKENIZER, Found, Places, check_same_format, state_of
 from crosslora.errors import UserError
 from crosslora.run_folder import RunFolder
@@ -14,7 +16,6 @@ from crosslora.vllm_settings import lora_options
 
 Files = dict[str, bytes]
 """name -> content"""
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "*.model")
 
 
@@ -97,7 +98,7 @@ class Watch:
                 return Change(name, state, problem=str(error))
             own = self._rules.format is not None and (adapter.folder / TOKENIZER).is_file()
             tokenizer = _files(adapter.folder, *TOKENIZER_FILES) if own else None
-            return Change(name, state, _files(adapter.folder, *ADAPTER), tokenizer)
+            return Change(name, state, _files(adapter.folder, CONFIG_FILE, WEIGHTS_FILE), tokenizer)
 
 
 def _files(folder: Path, *patterns: str) -> Files:
