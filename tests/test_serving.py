@@ -23,12 +23,14 @@ import psutil
 import pytest
 import ray
 import torch
+from lm_eval.models.openai_completions import LocalCompletionsAPI
 from openai import AuthenticationError, NotFoundError, OpenAI
 from safetensors.torch import load_file, save_file
 
 from crosslora import cluster
 from crosslora.config import Base, Cluster
 from crosslora.errors import UserError
+from crosslora.evaluation.choices import ChoicesAtOnce
 from crosslora.evaluation.harness import ask_harness, find_benchmarks, headline
 from crosslora.evaluation.likelihood import answer_ids, reference_nats
 from crosslora.evaluation.tasks import Item
@@ -235,6 +237,32 @@ def test_the_harness_gives_the_likelihoods_of_peft(
     (task,) = benchmarks.definitions[:1]
     expected = [mmlu_is_right(folders, row) for row in task["custom_dataset"]()["test"]]
     assert scores["mmlu"][1].tolist() == expected
+
+
+@pytest.mark.real
+def test_choices_asked_for_at_once_are_as_likely_as_one_by_one(
+    server: Server, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the choices is not among the likeliest, another is more than one token."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    endpoint: Any = {"model": "one", "base_url": f"{server.url}/completions", "tokenizer": str(folders.base)}
+    clients = [kind(**endpoint, num_concurrent=4) for kind in (ChoicesAtOnce, LocalCompletionsAPI)]
+    context = load_tokenizer(folders.base)("Which of these is a fruit?\nAnswer:")["input_ids"]
+    reply = server.client.completions.create(
+        model="one",
+        prompt=context,
+        max_tokens=1,
+        logprobs=20,
+        extra_body={"return_tokens_as_token_ids": True},
+    )
+    (top,) = reply.choices[0].logprobs.top_logprobs  # type: ignore[union-attr, misc]
+    likeliest = [int(token.removeprefix("token_id:")) for token in top]
+    unlikely = next(i for i in range(100, 200) if i not in likeliest)
+    choices = [[likeliest[0]], [likeliest[7]], [unlikely], likeliest[:2]]
+    requests = [(("", str(choice)), context, choice) for choice in choices]
+    at_once, one_by_one = (client._loglikelihood_tokens(requests) for client in clients)
+    assert [greedy for _, greedy in at_once] == [greedy for _, greedy in one_by_one]
+    assert [value for value, _ in at_once] == pytest.approx([value for value, _ in one_by_one], abs=1e-3)
 
 
 @pytest.mark.real

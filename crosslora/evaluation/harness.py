@@ -222,22 +222,23 @@ def ask_harness(url: str, model: str, tokenizer_folder: str, benchmarks: Benchma
         return {}
     import lm_eval
 
+    from crosslora.evaluation.choices import ChoicesAtOnce
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     say(f"  {model}")
     tokenizer = load_tokenizer(tokenizer_folder)
     found = lm_eval.simple_evaluate(
-        model="local-completions",
-        model_args={
-            "model": model,
-            "base_url": f"{url}/completions",
-            "tokenizer": tokenizer_folder,
-            "tokenizer_backend": "huggingface",
+        model=ChoicesAtOnce(
+            model=model,
+            base_url=f"{url}/completions",
+            tokenizer=tokenizer_folder,
+            tokenizer_backend="huggingface",
             # by the tokenizer's own rule; left to itself, the harness never adds one
-            "add_bos_token": tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id,
-            "num_concurrent": 64,
-            "max_length": LONGEST,
-            "timeout": 3600,
-        },
+            add_bos_token=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id,
+            num_concurrent=64,
+            max_length=LONGEST,
+            timeout=3600,
+        ),
         tasks=list(benchmarks.definitions),
         limit=benchmarks.limit,
         bootstrap_iters=0,
