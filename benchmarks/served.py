@@ -33,7 +33,7 @@ from crosslora.evaluation.client import ask
 from crosslora.evaluation.evaluate import adapter_folders, model_of, resources_of
 from crosslora.evaluation.harness import LONGEST, ask_harness, find_benchmarks, headline
 from crosslora.evaluation.results import SOURCE_BASE, STUDENT, TARGET_BASE, TEACHER, installed
-from crosslora.evaluation.tasks import Answer, read_items, score
+from crosslora.evaluation.tasks import Answer, answer_tokens, read_items, score
 from crosslora.models import load_tokenizer, resolve
 from crosslora.progress import say
 from crosslora.run_folder import RunFolder, config_of_run
@@ -84,7 +84,8 @@ def served(side: Side, questions: Questions, chat: ChatFormat) -> dict[str, Give
     model = model_of(questions.config, side.base, side.base_name, {name: side.adapter}, LONGEST)
     with serve_models([model], resources_of(questions.config)) as endpoint:
         for task in questions.own():
-            answers = ask(endpoint.url, name, read_items(task), chat, task.max_tokens, 32)
+            items = read_items(task)
+            answers = ask(endpoint.url, name, items, chat, answer_tokens(task, items), 32)
             given[task.name] = _own(task, answers)
         for benchmarks in questions.benchmarks():
             samples = ask_harness(endpoint.url, name, resolve(side.base), benchmarks)
@@ -132,8 +133,11 @@ def _alone(side: Side, questions: Questions, stop_ids: frozenset[int]) -> dict[s
     )
 
     def generate(task: Task) -> list[Answer]:
-        prompts = [{"prompt_token_ids": chat.prompt_ids(item.prompt)} for item in read_items(task)]
-        sampling = SamplingParams(temperature=0, max_tokens=task.max_tokens, stop_token_ids=sorted(stop_ids))
+        items = read_items(task)
+        prompts = [{"prompt_token_ids": chat.prompt_ids(item.prompt)} for item in items]
+        sampling = SamplingParams(
+            temperature=0, max_tokens=answer_tokens(task, items), stop_token_ids=sorted(stop_ids)
+        )
         outputs = engine.model.generate(prompts, sampling, lora_request=engine.lora_request)
         return [
             Answer(o.outputs[0].text, o.outputs[0].finish_reason == "stop", len(o.outputs[0].token_ids), 0, 0)

@@ -158,7 +158,8 @@ class Task(_Section):
     """exact_match, f1, json_slots, rouge_l, json_field:NAME or regex:PATTERN; the first is the headline."""
     items: int | None = Field(None, ge=1)
     """Use only the first so many rows."""
-    max_tokens: int = Field(96, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    """Of an answer, which scores 0 where it is cut off; None: twice what the longest reference is likely to take."""
 
     @field_validator("metrics")
     @classmethod

@@ -25,7 +25,7 @@ from crosslora.evaluation.results import (
     Nats,
     collect,
 )
-from crosslora.evaluation.tasks import Item, read_items
+from crosslora.evaluation.tasks import Item, answer_tokens, read_items
 from crosslora.models import context_length, resolve
 from crosslora.projection.build import build_transfer
 from crosslora.run_folder import RunFolder, Stage
@@ -84,7 +84,7 @@ def _tasks(config: Config, folder: RunFolder, corpus: tuple[str, str]) -> list[t
             name=HELD_OUT,
             path=Path(corpus[0]),
             metrics=["exact_match", "rouge_l"],
-            max_tokens=min(config.synthesis.max_response_tokens, 96),
+            max_tokens=config.synthesis.max_response_tokens,  # of the teacher: its answers are not known yet
         )
         tasks.append((task, prompts[: config.evaluation.held_out_items]))
     return tasks
@@ -95,15 +95,15 @@ def _with_teacher_references(
 ) -> list[tuple[Task, list[Item]]]:
     """Held-out prompts have no label: agreement with the teacher's own greedy answer is what is scored."""
 
-    def referenced(task: Task, items: list[Item]) -> list[Item]:
+    def referenced(task: Task, items: list[Item]) -> tuple[Task, list[Item]]:
         if task.name != HELD_OUT:
-            return items
-        return [
-            Item(item.prompt, answer.text)
-            for item, answer in zip(items, answers[TEACHER][HELD_OUT], strict=True)
+            return task, items
+        given = zip(items, answers[TEACHER][HELD_OUT], strict=True)
+        return task.model_copy(update={"max_tokens": None}), [
+            Item(item.prompt, answer.text) for item, answer in given
         ]
 
-    return [(task, referenced(task, items)) for task, items in tasks]
+    return [referenced(task, items) for task, items in tasks]
 
 
 def adapter_folders(
@@ -136,7 +136,7 @@ def _ask(
     and plain text are."""
     settings = config.evaluation
     passage = min(PASSAGE_TOKENS, context_length(resolve(base), PASSAGE_TOKENS) - ROOM)
-    longest = max(_longest(tasks, chat), passage) + ROOM
+    longest = max(longest_conversation(tasks, chat), passage) + ROOM
     model = model_of(config, base, base_name, adapters, longest)
     with serve_models([model], resources_of(config), port=settings.port) as endpoint:
         answers = {
@@ -146,7 +146,7 @@ def _ask(
                     model,
                     items[: settings.baseline_items] if model in settings.baselines else items,
                     chat,
-                    task.max_tokens,
+                    answer_tokens(task, items),
                     settings.concurrency,
                 )
                 for task, items in tasks
@@ -173,10 +173,10 @@ def _nats(
     return nats | {PLAIN_TEXT: text_nats(url, model, chat, concurrency, passage)}
 
 
-def _longest(tasks: list[tuple[Task, list[Item]]], chat: ChatFormat) -> int:
+def longest_conversation(tasks: list[tuple[Task, list[Item]]], chat: ChatFormat) -> int:
     """Tokens of the longest prompt with its answer or reference."""
     lengths = (
-        len(chat.prompt_ids(item.prompt)) + max(task.max_tokens, len(answer_ids(item, chat)))
+        len(chat.prompt_ids(item.prompt)) + max(answer_tokens(task, items), len(answer_ids(item, chat)))
         for task, items in tasks
         for item in items
     )

@@ -21,11 +21,11 @@ from crosslora.adapter_places import OF_TEACHER, kept_source
 from crosslora.config import AdapterSource, Base, Config, Task
 from crosslora.errors import UserError
 from crosslora.evaluation.client import ask, served_models
-from crosslora.evaluation.evaluate import adapter_folders, model_of, resources_of
+from crosslora.evaluation.evaluate import ROOM, adapter_folders, longest_conversation, model_of, resources_of
 from crosslora.evaluation.harness_tasks import local_tasks
 from crosslora.evaluation.metrics import bootstrap_interval, paired_difference, recovered_gain
 from crosslora.evaluation.results import SOURCE_BASE, STUDENT, TARGET_BASE, TEACHER
-from crosslora.evaluation.tasks import read_items, score
+from crosslora.evaluation.tasks import answer_tokens, read_items, score
 from crosslora.models import load_tokenizer, resolve
 from crosslora.progress import say
 from crosslora.run_folder import RunFolder, config_of_run
@@ -77,8 +77,8 @@ def _own_task(text: str, items: int | None) -> Task:
         task = Task(name=path.stem, path=path, metrics=[metric or "exact_match"], items=items)
     except ValidationError as error:
         raise UserError(f"--tasks {text}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
-    longest = max(len(item.reference.encode()) for item in read_items(task))
-    return task.model_copy(update={"max_tokens": min(max(task.max_tokens, longest // 2), LONGEST // 4)})
+    read_items(task)  # refused before anything is served
+    return task
 
 
 def _of_harness(names: Sequence[str], task_data: Path | None, items: int | None) -> Benchmarks:
@@ -179,15 +179,7 @@ def _scores(
 ) -> dict[str, Scores]:
     """Serve one base with its adapters, and put to each of them its benchmarks."""
     own = by_model[STUDENT].own
-    longest = max(
-        LONGEST,
-        *(
-            len(chat.prompt_ids(item.prompt)) + task.max_tokens + 8
-            for task in own
-            for item in read_items(task)
-        ),
-        1,
-    )
+    longest = max(longest_conversation([(task, read_items(task)) for task in own], chat) + ROOM, LONGEST)
     served = model_of(config, base, base_name, adapters, longest)
     with serve_models([served], resources_of(config)) as endpoint:
         return {
@@ -211,7 +203,7 @@ def _ask_all(
 
 def _ask(url: str, model: str, task: Task, chat: ChatFormat, concurrency: int) -> tuple[str, np.ndarray]:
     items = read_items(task)
-    answers = ask(url, model, items, chat, task.max_tokens, concurrency)
+    answers = ask(url, model, items, chat, answer_tokens(task, items), concurrency)
     return task.metrics[0], score(task.metrics[0], answers, items)
 
 

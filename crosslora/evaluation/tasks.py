@@ -11,6 +11,11 @@ from crosslora.config import Task
 from crosslora.errors import UserError
 from crosslora.evaluation.metrics import exact_match, f1, json_field, json_slots, regex, rouge_l
 
+LEAST_TOKENS, MOST_TOKENS = 96, 1024
+"""Of an answer, where a task does not say how many."""
+BYTES_PER_TOKEN = 4
+"""Of most text, about."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -53,6 +58,12 @@ def read_items(task: Task) -> list[Item]:
         for item in items:
             _one(metric, "", item.reference)
     return items
+
+
+def answer_tokens(task: Task, items: list[Item]) -> int:
+    """Tokens that an answer may have."""
+    longest = max(len(item.reference.encode()) for item in items)
+    return task.max_tokens or min(max(2 * longest // BYTES_PER_TOKEN, LEAST_TOKENS), MOST_TOKENS)
 
 
 def _text(completion: object) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from crosslora.config import Task
 from crosslora.errors import UserError
-from crosslora.evaluation.tasks import Answer, read_items, score
+from crosslora.evaluation.tasks import Answer, answer_tokens, read_items, score
 
 
 def task(tmp_path: Path, completion: object, metric: str) -> Task:
@@ -29,3 +29,11 @@ def test_a_reference_that_the_metric_cannot_read_is_refused(tmp_path: Path, metr
 def test_an_answer_that_did_not_end_scores_nothing(tmp_path: Path) -> None:
     items = read_items(task(tmp_path, "yes", "exact_match"))
     assert score("exact_match", [Answer("yes", ended=False)], items) == [0.0]
+
+
+def test_answers_have_room_for_the_longest_reference(tmp_path: Path) -> None:
+    long = task(tmp_path, "word " * 100, "exact_match")
+    assert answer_tokens(long, read_items(long)) == 250
+    short = task(tmp_path, "yes", "exact_match")
+    assert answer_tokens(short, read_items(short)) == 96
+    assert answer_tokens(short.model_copy(update={"max_tokens": 3}), read_items(short)) == 3
