@@ -283,7 +283,8 @@ def main() -> None:
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        resumes = "; `crosslora transfer` without --redo goes on from here" if "transfer" in sys.argv else ""
+        print(f"interrupted{resumes}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
         if error.errno is None:  # pyarrow's, from an object store

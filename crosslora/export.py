@@ -38,8 +38,8 @@ tags: [lora, crosslora]
 # {name}, moved to {base_name}
 
 A LoRA adapter for `{base}`, made by crosslora {version} from the adapter `{adapter}` of `{source}`.
-It was fitted on {samples} samples that the source model answered and on text that the target base wrote; no
-reference answers were used.
+It was fitted on what the source model answered ({samples} samples, {held_out:.0%} of them only to check the fit){rehearsal};
+no reference answers were used.
 
 | | |
 |---|---|
@@ -151,9 +151,11 @@ def _card(
         adapter=adapter.path.name,
         source=config.source.base,
         samples=filtered["counts"]["kept"],
+        held_out=config.synthesis.held_out,
+        rehearsal=" and on text that the target base wrote" if config.fit.rehearsal else "",
         loss=fitted["held_out_loss"],
         step=fitted["best_step"],
         adapter_digest=adapter.digest[:16],
         base_digest=identity["base_digest"][:16],
-        command=shlex.join(["crosslora", *sys.argv[1:]]),
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     )

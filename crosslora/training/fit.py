@@ -49,7 +49,7 @@ def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) ->
                 cause = " ".join(str(error).split())[-400:]
                 raise UserError(
                     f"fit: the workers failed {config.fit.max_failures + 1} times ({cause}); mend the cause and run the "
-                    "same command: it goes on from the last checkpoint"
+                    "same command, without --redo: it goes on from the last checkpoint"
                 ) from error
     return _finish(result, stage, watcher, reach)
 
