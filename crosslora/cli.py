@@ -150,8 +150,8 @@ def evaluate(
     url: Annotated[
         str | None,
         typer.Option(
-            help="Ask this OpenAI-compatible endpoint (of `crosslora serve RUN --teacher`, say), and no baselines.  "
-            "[default: serve everything for the time of it]"
+            help="Ask this OpenAI-compatible endpoint (of `crosslora serve RUN --teacher`, say), and no baselines: "
+            "http://127.0.0.1:8000/v1, its key in OPENAI_API_KEY.  [default: serve everything for the time of it]"
         ),
     ] = None,
     as_json: Json = False,

@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -77,7 +78,15 @@ def context_length(folder: str, unknown: int) -> int:
 
 def load_format(folder: str, base: Base) -> ChatFormat:
     """Tokenizer and chat template of a base, as the configuration sets them."""
-    return ChatFormat(load_tokenizer(folder), base.chat_template)
+    return ChatFormat(load_tokenizer(folder), base.chat_template, _generation_ends(folder))
+
+
+def _generation_ends(folder: str) -> list[int]:
+    """End ids of generation_config.json. vLLM stops at them too, whatever it is asked for."""
+    if not (Path(folder) / "generation_config.json").is_file():
+        return []
+    ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
@@ -123,11 +132,19 @@ def _add_ends(sha: hashlib._Hash, path: Path, size: int = 1 << 20) -> None:
 
 def embedding_rows(folder: str, ids: torch.Tensor) -> torch.Tensor:
     """Input embeddings [n, hidden] of `ids` in float32, read without loading the rest of the model."""
+    path, name = embedding_place(folder)
+    with safe_open(path, framework="pt") as tensors:
+        rows: torch.Tensor = tensors.get_tensor(name)[ids].float()
+        return rows
+
+
+def embedding_place(folder: str) -> tuple[Path, str]:
+    """File and name of the input embeddings; raises UserError where the folder holds no such safetensors file."""
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 if name.endswith(EMBEDDING_NAMES):
-                    return tensors.get_tensor(name)[ids].float()
+                    return path, name
     raise UserError(
         f"base: {folder} has no safetensors file with an embedding table; convert it with save_pretrained"
     )

@@ -19,6 +19,7 @@ from crosslora.evaluation.evaluate import evaluate
 from crosslora.evaluation.tasks import read_items
 from crosslora.export import export
 from crosslora.identity import prompt_identity, source_identity, target_identity, task_identity
+from crosslora.models import embedding_place, resolve
 from crosslora.plan import make_plan
 from crosslora.progress import say
 from crosslora.run_folder import STAGES, RunFolder, Stage, digest
@@ -114,6 +115,8 @@ def check_inputs(config: Config) -> None:
     for adapter in config.adapters:
         read_adapter(adapter.path)
     lora_options([adapter.path for adapter in config.adapters])  # evaluation serves them with vLLM
+    for base in (config.source, config.target):
+        embedding_place(resolve(base))
 
 
 def _transfer_one(config: Config, source: AdapterSource, folder: RunFolder, until: str | None) -> None:

@@ -17,7 +17,8 @@ from crosslora.models import load_config, resolve
 from crosslora.projection.mapping import check_shape, layer_map
 from crosslora.sizing import BYTES, CONTEXT_BYTES, Shape, fit_memory, teacher_memory
 from crosslora.text.pair import TokenizerPair
-from crosslora.topology import READS, SPACES, WRITES, Topology, discover
+from crosslora.topology import READS, SPACES, WRITES, Linear, Topology, discover
+from crosslora.vllm_settings import LORA_RANKS
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class AdapterPlan:
     roles: list[str]
     """What the adapter changes inside a layer."""
     target_modules: int
+    lost_roles: list[str]
+    """Of `roles`, those that no linear of the target has."""
     spaces: dict[str, SpacePlan]
     learned_numbers: int
 
@@ -87,7 +90,12 @@ def make_plan(config: Config, gpu: str | None = None, gpus: int | None = None) -
         memory_gigabytes=_memory(config, *shapes, adapters),
         adapters=adapters,
         on_gpus=None if gpu is None else _on_gpus(config, *shapes, adapters, gpu, gpus),
-        warnings=[warning for adapter in config.adapters if (warning := _other_name(adapter, config))],
+        warnings=[
+            warning
+            for adapter, its_plan in zip(config.adapters, adapters, strict=True)
+            for warning in (_other_name(adapter, config), _lost(its_plan))
+            if warning
+        ],
     )
     if gpu is None:
         _check_memory(plan, config)
@@ -113,18 +121,28 @@ def _other_name(adapter: AdapterSource, config: Config) -> str | None:
     )
 
 
+def _lost(adapter: AdapterPlan) -> str | None:
+    if not adapter.lost_roles:
+        return None
+    return (
+        f"adapters.{adapter.name}: the target has no linear that does what {', '.join(adapter.lost_roles)} of the source "
+        "do; what the adapter changes there is lost"
+    )
+
+
 def _adapter_plan(adapter: AdapterSource, source: Topology, target: Topology, config: Config) -> AdapterPlan:
     header = read_header(adapter.path)
     linears = source.by_path()
-    roles: set[str] = set()
+    modules: dict[tuple[int, str], str] = {}
     for path, shape in header.modules.items():
         if path not in linears:
             raise UserError(
                 f"adapters.{adapter.name}: {path} is no linear of {config.source.base}; give its own base"
             )
         check_shape(path, linears[path], (shape.d_out, shape.d_in))
-        roles.update(linears[path].roles)
-    mapped = [linear for linear in target.linears if roles & set(linear.roles)]
+        modules |= {(linears[path].layer, role): path for role in linears[path].roles}
+    roles = {role for _, role in modules}
+    mapped = _mapped(adapter, header, modules, source, target)
     spaces = _spaces(header, source, target, roles)
     learned = sum(space.target_width * (space.input_span + space.output_span) for space in spaces.values())
     if config.fit.residual:
@@ -136,9 +154,41 @@ def _adapter_plan(adapter: AdapterSource, source: Topology, target: Topology, co
         modules=len(header.modules),
         roles=sorted(roles),
         target_modules=len(mapped),
+        lost_roles=sorted(roles - {role for linear in target.linears for role in linear.roles}),
         spaces=spaces,
         learned_numbers=learned,
     )
+
+
+def _mapped(
+    adapter: AdapterSource,
+    header: AdapterHeader,
+    modules: dict[tuple[int, str], str],
+    source: Topology,
+    target: Topology,
+) -> list[Linear]:
+    """The target's linears that get an update, from `modules` (layer and role -> path in the source)."""
+    pi = layer_map(source.num_layers, target.num_layers)
+    mapped = []
+    for linear in target.linears:
+        places = [(pi[linear.layer], role) for role in linear.roles]
+        feeding = {modules[place] for place in places if place in modules}
+        rank = sum(header.modules[path].rank for path in feeding)
+        if rank > LORA_RANKS[-1]:
+            raise UserError(
+                f"adapters.{adapter.name}: {' and '.join(linear.roles)} are one linear ({linear.path}) of the target, whose rank "
+                f"would be {rank}; vLLM runs adapters up to rank {LORA_RANKS[-1]}: lower the adapter's rank"
+            )
+        if feeding:
+            mapped.append(linear)
+    if not mapped:
+        raise UserError(
+            f"adapters.{adapter.name}: nothing of it reaches the target; it changes "
+            f"{', '.join(sorted({role for _, role in modules}))} of layers "
+            f"{', '.join(map(str, sorted({layer for layer, _ in modules})))}, and the target's layers are fed by "
+            f"{', '.join(map(str, pi))}: another target, or an adapter of more layers or linears"
+        )
+    return mapped
 
 
 def _spaces(

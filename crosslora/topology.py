@@ -126,6 +126,8 @@ def space_widths(text: PretrainedConfig) -> dict[str, int]:
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     mlp = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * text.hidden_size
+    if not isinstance(mlp, int):
+        raise ValueError("its layers have MLPs of different widths")
     return {
         "residual": text.hidden_size,
         "query": heads * head_dim,
@@ -149,6 +151,10 @@ def decoder_layers(model: nn.Module, num_layers: int) -> str:
 def _linear(path: str, layer: int, module: nn.Module, widths: dict[str, int]) -> Linear | None:
     leaf = path.rpartition(".")[2]
     roles = ROLES_BY_LEAF.get(leaf)
+    if leaf == "out_proj" and (
+        "attn" not in path or "linear_attn" in path
+    ):  # of a convolution or a state space
+        return None
     if leaf == "c_proj":  # GPT-2 calls both outputs so: the parent tells them apart
         roles = ("attention_out",) if ".attn." in path else ("down",)
     if roles is None:

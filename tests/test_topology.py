@@ -6,7 +6,9 @@ import pytest
 from transformers import (
     AutoConfig,
     BertConfig,
+    Gemma3nTextConfig,
     GPT2Config,
+    Lfm2Config,
     MambaConfig,
     Phi3Config,
     PretrainedConfig,
@@ -43,6 +45,23 @@ def test_fused_projections_are_told_by_their_parts() -> None:
 @pytest.mark.parametrize("config", [T5Config(num_layers=1), MambaConfig(num_hidden_layers=1)])
 def test_other_kinds_of_model_are_refused(config: PretrainedConfig) -> None:
     with pytest.raises(UserError, match=rf"a {config.model_type} model .*decoder-only transformer"):
+        discover(config)
+
+
+def test_an_output_that_is_not_of_attention_fits_no_role() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Lfm2Config(
+        **sizes, num_hidden_layers=2, vocab_size=64, layer_types=["conv", "full_attention"], pad_token_id=0
+    )
+    topology = discover(config)
+    outputs = [linear.path for linear in topology.linears if linear.roles == ("attention_out",)]
+    assert outputs == ["model.layers.1.self_attn.out_proj"]
+    assert "model.layers.0.conv.out_proj" in topology.unknown
+
+
+def test_layers_of_different_widths_are_refused() -> None:
+    config = Gemma3nTextConfig(num_hidden_layers=5, intermediate_size=[32] * 4 + [64], vocab_size=64)
+    with pytest.raises(UserError, match="MLPs of different widths"):
         discover(config)
 
 

@@ -8,7 +8,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from crosslora.errors import UserError
 from crosslora.projection.projection import Factors, Projection
+
+LOGITS_TOLERANCE = 0.05
+"""Of the largest logit: more than rounding in 16 bits."""
 
 
 class Student(nn.Module):
@@ -52,6 +56,18 @@ class Student(nn.Module):
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         return logits_of(self.base, hidden_ND)
+
+
+@torch.no_grad()
+def check_logits(base: PreTrainedModel) -> None:
+    """Raise UserError where `logits_of` is not what the base itself computes."""
+    ids = torch.arange(1, 9, device=base.device)[None]
+    own = base(input_ids=ids).logits.float()
+    ours = logits_of(base, base.base_model(input_ids=ids).last_hidden_state).float()
+    if (own - ours).abs().max() > LOGITS_TOLERANCE * own.abs().max():
+        raise UserError(
+            f"target.base: {type(base).__name__} makes something of its logits that is not known here; use another base"
+        )
 
 
 def logits_of(base: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:

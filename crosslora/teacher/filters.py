@@ -17,11 +17,14 @@ KEPT = "kept"
 MOST_COMPRESSION = 8.0
 """Text that zlib shrinks more than this is one phrase over and over."""
 PERMUTATIONS = 64
+COMMON, LEAST_COMMON = 0.05, 20
+"""Share and number of prompts from which on a 5-gram is no sign of a duplicate: prompts of one adapter may all begin
+with the same instruction."""
 
 
 def verdicts(samples: Sequence[Sample], settings: Synthesis) -> list[dict[str, Any]]:
     """One row per sample: sample_id, verdict, held_out (only ever true for kept samples)."""
-    duplicates = NearDuplicates(settings.max_similarity)
+    duplicates = NearDuplicates(settings.max_similarity, common_grams([s.prompt for s in samples]))
     rows = [
         {"sample_id": s.sample_id, "verdict": _verdict(s, settings, duplicates), "held_out": False}
         for s in samples
@@ -57,17 +60,31 @@ def _is_degenerate(text: str) -> bool:
     return len(raw) >= 64 and len(raw) / len(zlib.compress(raw)) > MOST_COMPRESSION
 
 
-class NearDuplicates:
-    """MinHash over character 5-grams."""
+def common_grams(texts: Sequence[str]) -> frozenset[bytes]:
+    """5-grams that many of the texts have."""
+    counts = Counter(gram for text in texts for gram in _grams(_folded(text)))
+    least = max(COMMON * len(texts), LEAST_COMMON)
+    return frozenset(gram for gram, count in counts.items() if count > least)
 
-    def __init__(self, threshold: float) -> None:
-        self._index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+
+def _folded(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _grams(folded: str) -> set[bytes]:
+    return {folded[i : i + 5].encode() for i in range(max(len(folded) - 4, 1))}
+
+
+class NearDuplicates:
+    """MinHash over character 5-grams, without those that are `common`; a text of common ones alone is compared whole."""
+
+    def __init__(self, threshold: float, common: frozenset[bytes] = frozenset()) -> None:
+        self._index, self._common = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS), common
 
     def seen(self, text: str, key: str) -> bool:
-        folded = " ".join(text.lower().split())
-        grams = {folded[i : i + 5].encode() for i in range(max(len(folded) - 4, 1))}
+        folded = _folded(text)
         sketch = MinHash(num_perm=PERMUTATIONS)
-        sketch.update_batch(list(grams))
+        sketch.update_batch(list(_grams(folded) - self._common) or [folded.encode()])
         if self._index.query(sketch):
             return True
         self._index.insert(key, sketch)

@@ -20,8 +20,8 @@ SHOTS = 5
 """Seed examples shown at a time."""
 TURNED = "turned"
 """Mark of samples whose prompts were written for answers that the teacher gave away."""
-SEPARATOR = "\n\n"
-"""Between two seed examples; what is written after the next one is cut off."""
+SEPARATORS = ("\n\n", "\n\n###\n\n", "\n\n=====\n\n")
+"""Between two seed examples, the first that stands in none; what is written after the next one is cut off."""
 
 
 class Strategy(Protocol):
@@ -76,6 +76,8 @@ class SeedPrompts:
         self._engine, self._words, self._chat, self._seeds = engine, words, chat, seeds
         self._sampling = _prompt_sampling(chat, settings)
         self._random_seed = settings.random_seed
+        free = [mark for mark in SEPARATORS if not any(mark in seed for seed in seeds)]
+        self._separator = free[0] if free else SEPARATORS[-1]
 
     def prompts(self, count: int, shard: int) -> list[str]:
         chooser = random.Random(f"{self._random_seed}/{shard}")
@@ -88,13 +90,16 @@ class SeedPrompts:
         ended = [
             text
             for text, g in zip(texts, generations, strict=True)
-            if text and (g.finished or SEPARATOR in text)
+            if text and (g.finished or self._separator in text)
         ]
-        return [first for text in ended if (first := text.lstrip().split(SEPARATOR)[0].strip())]
+        return [first for text in ended if (first := text.lstrip().split(self._separator)[0].strip())]
 
     def _demonstrations(self, chooser: random.Random) -> list[int]:
         chosen = chooser.sample(self._seeds, min(SHOTS, len(self._seeds)))
-        return [*self._chat.pre_query_ids, *self._words.encode("".join(seed + SEPARATOR for seed in chosen))]
+        return [
+            *self._chat.pre_query_ids,
+            *self._words.encode("".join(seed + self._separator for seed in chosen)),
+        ]
 
 
 class FilePrompts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError
 
 from crosslora import cluster
+from crosslora.adapter import read_adapter, write_adapter
 from crosslora.config import Base, Config, Synthesis
 from crosslora.errors import UserError
 from crosslora.progress import Meter, progress, say
@@ -24,8 +26,8 @@ from crosslora.text.templates import ChatFormat
 MOST_ENGINE_LOSSES = 3
 """In a row, without a shard between them."""
 SECONDS_BETWEEN_LOOKS = 1.0
-ROOM_FOR_TEMPLATE = 64
-"""Tokens that a chat template may put around a prompt that the teacher wrote."""
+SPARE = 8
+"""Tokens that an engine has beyond the longest text; to score a text it takes one."""
 
 
 class Teacher:
@@ -39,7 +41,10 @@ class Teacher:
         folder = resolve(base)
         self._chat = load_format(folder, base)
         self._words = Vocabulary(self._chat.tokenizer)
-        self._engine = _engine(folder, adapter, settings, seed, max_len(self._chat, settings))
+        self._own = tempfile.TemporaryDirectory()
+        plain = Path(self._own.name)  # in the form that every vLLM reads
+        write_adapter(plain, read_adapter(adapter).factors, base.base)
+        self._engine = _engine(folder, plain, settings, seed, max_len(self._chat, settings))
         self._strategies = build_strategies(self._engine, self._words, self._chat, settings)
 
     def ready(self) -> bool:
@@ -111,9 +116,9 @@ def _engine(folder: str, adapter: Path, settings: Synthesis, seed: int, max_len:
 
 def max_len(chat: ChatFormat, settings: Synthesis) -> int:
     """Tokens of the longest prompt that an engine may be given, and of an answer to it."""
-    longest = (
-        2 * settings.max_prompt_tokens
-    )  # what the teacher wrote may take more tokens when it is read again
+    around = len(chat.prompt_ids("a"))
+    # what the teacher wrote may take more tokens when it is read again
+    longest = 2 * settings.max_prompt_tokens + around
     if settings.prompts.seeds_file:
         seeds = read_prompts(settings.prompts.seeds_file, "seeds_file")
         shown = sorted((len(chat.prompt_ids(seed)) for seed in seeds), reverse=True)[:SHOTS]
@@ -121,7 +126,7 @@ def max_len(chat: ChatFormat, settings: Synthesis) -> int:
     if settings.prompts.prompts_file:
         given = read_prompts(settings.prompts.prompts_file, "prompts_file")
         longest = max(longest, *(len(chat.prompt_ids(prompt)) for prompt in given))
-    return longest + settings.max_response_tokens + ROOM_FOR_TEMPLATE
+    return longest + settings.max_response_tokens + SPARE
 
 
 def synthesize(config: Config, adapter: Path, stage: Stage) -> dict[str, Any]:

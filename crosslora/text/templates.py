@@ -1,5 +1,6 @@
 """Chat formats: what stands before and after a user's text and which ids end a turn, found by rendering."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from jinja2 import TemplateError
@@ -32,11 +33,17 @@ class ChatFormat:
     pre_query, user_end: the text before and after the user's text in a prompt; user_end includes the generation prompt.
     pre_query_ids: the ids before the user's text whatever it is. A space at the end of pre_query may be missing from
         them, where the tokenizer makes it part of the user's first word.
-    eos_id: what the template writes after an assistant's answer. stop_ids: it and the tokenizer's EOS.
+    eos_id: what the template writes after an assistant's answer. stop_ids: it, the tokenizer's EOS, and the
+        `other_ends` of the base's generation settings.
     user_stop_ids: the first control id after a user's text, if there is one, and stop_ids.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        other_ends: Iterable[int] = (),
+    ) -> None:
         self.tokenizer = tokenizer
         if tokenizer.eos_token_id is None:
             raise UserError(
@@ -50,7 +57,7 @@ class ChatFormat:
         after_answer = self._around([{"role": "user", "content": "Hello"}], generate=False)[1]
         end_of_answer = self._first_control_id(after_answer)
         self.eos_id: int = tokenizer.eos_token_id if end_of_answer is None else end_of_answer
-        self.stop_ids = frozenset({self.eos_id, tokenizer.eos_token_id})
+        self.stop_ids = frozenset({self.eos_id, tokenizer.eos_token_id, *other_ends})
         end_of_user = self._first_control_id(self.user_end)
         self.user_stop_ids = self.stop_ids if end_of_user is None else self.stop_ids | {end_of_user}
 

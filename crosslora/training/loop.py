@@ -17,13 +17,14 @@ import ray.train
 import torch
 from ray.train import CheckpointConsistencyMode
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from crosslora.adapter import read_adapter
 from crosslora.config import Config, Fit
 from crosslora.models import load_model, resolve
 from crosslora.projection.build import build_transfer
 from crosslora.projection.projection import Projection
-from crosslora.projection.student import Student
+from crosslora.projection.student import Student, check_logits
 from crosslora.run_folder import RunFolder
 from crosslora.sizing import LONGEST_PLAIN_ATTENTION
 from crosslora.teacher.corpus import read_corpus
@@ -65,6 +66,7 @@ def train_worker(job: dict[str, Any]) -> None:
     engine = build_engine(
         build_student(config, transfer.projection(residual=config.fit.residual)), ds_config(config.fit)
     )
+    check_logits(engine.module.base)
     if config.fit.rehearsal:
         if context.get_world_rank() == 0:
             job["board"].add.remote({"event": "rehearsal"})
@@ -115,8 +117,9 @@ def build_student(config: Config, projection: Projection) -> Student:
     base = load_model(resolve(config.target), config.fit.dtype)
     del keep
     if config.fit.gradient_checkpointing:
-        base.train()
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in base.modules():  # layers that train are computed again; dropout stays off
+            module.training = isinstance(module, GradientCheckpointingLayer)
     return Student(base, projection)
 
 

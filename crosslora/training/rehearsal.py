@@ -43,12 +43,13 @@ def rehearsal(
     prompts = [[*bos, int(first)] for first in firsts]
     generator = torch.Generator(base.device).manual_seed(random_seed)
     top_k = train[0].targets.top_ids.shape[1]
-    training = base.training
-    base.eval()  # with gradient checkpointing a model that trains keeps no cache
+    training = {module: module.training for module in base.modules()}
+    base.eval()  # with gradient checkpointing a layer that trains keeps no cache
     written: list[Example] = []
     for start in range(0, len(prompts), BATCH):
         written += _write(base, prompts[start : start + BATCH], top_k, generator)
-    base.train(training)
+    for module, was_training in training.items():
+        module.training = was_training
     return list(islice(cycle(written), wanted))
 
 

@@ -9,10 +9,11 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config
 
 from crosslora.adapter import LoraFactors, read_adapter, write_adapter
+from crosslora.errors import UserError
 from crosslora.projection.initial import random_map, start_maps
 from crosslora.projection.mapping import build_slots, split_roles
 from crosslora.projection.projection import Projection, SpaceMap, span_basis
-from crosslora.projection.student import Student
+from crosslora.projection.student import Student, check_logits
 from crosslora.topology import discover
 from tests.tiny import tiny_gemma, tiny_llama, tiny_lora
 
@@ -20,6 +21,21 @@ PHI = Phi3Config(
     vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     intermediate_size=48, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
+
+
+def test_logits_that_the_base_scales_in_its_own_way_are_refused(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_gemma(tmp_path))
+    check_logits(base)
+    forward = base.forward
+
+    def scaled(**inputs: Any) -> Any:
+        output = forward(**inputs)
+        output.logits = 3 * output.logits
+        return output
+
+    base.forward = scaled
+    with pytest.raises(UserError, match="makes something of its logits"):
+        check_logits(base)
 
 
 def test_the_span_gives_the_outputs_and_gradients_of_the_full_map() -> None:

@@ -39,6 +39,17 @@ def test_near_duplicates_keep_the_first() -> None:
     assert [row["verdict"] for row in rows] == ["kept", "near_duplicate", "kept"]
 
 
+def test_a_shared_instruction_makes_no_duplicates() -> None:
+    instruction = "You turn requests of customers into tickets. " + " ".join(WORDS) * 10
+    texts = [
+        f"{instruction} Request: {w} {i * 7919} {w[::-1]} {i * 104729}" for w in WORDS for i in range(20)
+    ]
+    texts.append(texts[7].replace("Request", "request"))
+    rows = verdicts([sample(f"{i:03d}", prompt=text) for i, text in enumerate(texts)], SETTINGS)
+    assert count_by_verdict(rows[:-1]) == {"kept": len(texts) - 1}
+    assert rows[-1]["verdict"] == "near_duplicate"
+
+
 def test_held_out_samples_are_kept_ones_and_chosen_by_the_random_seed() -> None:
     samples = [
         sample(f"{w}{i}", prompt=f"{w} {i * 7919} {w[::-1]} {i * 104729}") for w in WORDS for i in range(20)

@@ -1,13 +1,23 @@
 """Chat formats, found by rendering."""
 
+import json
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from crosslora.config import Base
 from crosslora.errors import UserError
+from crosslora.models import load_format
 from crosslora.text.templates import PLAIN_TEMPLATE, ChatFormat
-from tests.tiny import CHATML, TOKENIZERS, byte_level_tokenizer, gemma_style_tokenizer, llama_style_tokenizer
+from tests.tiny import (
+    CHATML,
+    TOKENIZERS,
+    byte_level_tokenizer,
+    gemma_style_tokenizer,
+    llama_style_tokenizer,
+    tiny_llama,
+)
 
 KINDS = sorted(TOKENIZERS)
 INSTRUCT = (
@@ -133,3 +143,13 @@ def test_a_tokenizer_without_eos_is_refused() -> None:
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no EOS token"):
         ChatFormat(tokenizer)
+
+
+def test_the_ends_of_the_generation_settings_end_a_turn_too(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    without = load_format(str(folder), Base(base=str(folder))).stop_ids
+    settings = json.loads((folder / "generation_config.json").read_text())
+    other = next(i for i in range(20) if i not in without)
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [*without, other]}))
+    chat = load_format(str(folder), Base(base=str(folder)))
+    assert chat.stop_ids == without | {other} <= chat.user_stop_ids

@@ -1,0 +1,68 @@
+"""What of an adapter cannot reach the target is said before any work."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PretrainedConfig
+
+from crosslora import plan
+from crosslora.adapter import read_adapter, write_adapter
+from crosslora.config import Config
+from crosslora.errors import UserError
+from crosslora.plan import make_plan
+from crosslora.topology import Topology, discover
+from tests.tiny import bare_config, tiny_gemma, tiny_llama, tiny_lora
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plans")
+    tiny_llama(folder / "source")
+    tiny_gemma(folder / "target")
+    tiny_lora(folder / "whole", folder / "source")
+    return folder
+
+
+def config_of(folder: Path, leaf: str, rank: int = 4) -> Config:
+    """An adapter of those linears whose path ends so."""
+    factors = {
+        path: type(pair)(pair.A.repeat(rank // 4, 1), pair.B.repeat(1, rank // 4))
+        for path, pair in read_adapter(folder / "whole").factors.items()
+        if path.endswith(leaf)
+    }
+    write_adapter(folder / leaf, factors, str(folder / "source"))
+    return bare_config(
+        source={"base": str(folder / "source")},
+        target={"base": str(folder / "target")},
+        adapters=[{"name": "mine", "path": str(folder / leaf)}],
+    )
+
+
+def test_an_adapter_of_layers_that_feed_no_layer_is_refused(folder: Path) -> None:
+    assert make_plan(config_of(folder, "o_proj")).layer_map == [0, 2, 3]
+    with pytest.raises(UserError, match="nothing of it reaches the target; it changes gate of layers 1"):
+        make_plan(config_of(folder, "layers.1.mlp.gate_proj"))
+
+
+def without_mlp(config: PretrainedConfig) -> Topology:
+    found = discover(config)
+    kept = tuple(linear for linear in found.linears if "mlp" not in linear.path)
+    return Topology(found.num_layers, found.widths, kept, found.unknown)
+
+
+def test_linears_that_the_target_has_not_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(folder, "_proj")
+    assert not make_plan(config).warnings
+    monkeypatch.setattr(
+        plan, "discover", lambda c: without_mlp(c) if c.model_type != "llama" else discover(c)
+    )
+    (warning,) = make_plan(config).warnings
+    assert "down, gate, up of the source" in warning
+    with pytest.raises(UserError, match="nothing of it reaches the target"):
+        make_plan(config_of(folder, "up_proj"))
+
+
+def test_a_rank_that_cannot_be_served_is_refused(folder: Path) -> None:
+    with torch.no_grad(), pytest.raises(UserError, match=r"query are one linear .* rank would be 516"):
+        make_plan(config_of(folder, "q_proj", rank=516))
