@@ -93,9 +93,9 @@ def meta_model(config: PretrainedConfig) -> nn.Module:
 def discover(config: PretrainedConfig) -> Topology:
     """Topology of the causal LM that `config` describes; raises UserError where nothing can be mapped."""
     try:
-        model = meta_model(config)
         text = config.get_text_config()
         widths = space_widths(text)
+        model = meta_model(config)
     except (ValueError, AttributeError) as error:
         raise UserError(
             f"base: a {config.model_type} model is none whose spaces are known ({str(error).splitlines()[0][:200]}); "
