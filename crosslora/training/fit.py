@@ -100,13 +100,14 @@ def _train(job: dict[str, Any]) -> None:
 def check_corpus(config: Config, stage: Stage, corpus: tuple[str, str]) -> float:
     """Coverage of the corpus; raises UserError before any worker starts where there is too little to learn from."""
     pair = TokenizerPair.load(config.source, config.target)
-    train, held_out = (
-        build_examples(part, pair, config.fit.max_tokens) for part in read_corpus(stage.folder, *corpus)
-    )
+    samples = read_corpus(stage.folder, *corpus)
+    train, held_out = (build_examples(part, pair, config.fit.max_tokens) for part in samples)
+    left_out = sum(map(len, samples)) - len(train) - len(held_out)
     if len(train) < config.fit.batch_size or not held_out:
         raise UserError(
-            f"fit: {len(train)} samples to train on and {len(held_out)} held out are left after fit.max_tokens = "
-            f"{config.fit.max_tokens}; raise it, or synthesis.samples, or lower fit.batch_size"
+            f"fit: {len(train)} samples to train on and {len(held_out)} held out are left; {left_out} are longer than "
+            f"fit.max_tokens = {config.fit.max_tokens} or cannot be written with the target's tokens: raise it, or "
+            "synthesis.samples, or lower fit.batch_size"
         )
     reach = coverage(example.targets for example in train)
     if reach < config.fit.min_coverage:
@@ -114,8 +115,11 @@ def check_corpus(config: Config, stage: Stage, corpus: tuple[str, str]) -> float
             f"fit: coverage {reach:.2f} is below fit.min_coverage = {config.fit.min_coverage}: too few of the "
             "student's tokens line up with the teacher's; lower the floor to train on the teacher's text alone"
         )
-    stage.event("corpus", train=len(train), held_out=len(held_out), coverage=round(reach, 4))
-    say(f"  {len(train)} samples to train on, {len(held_out)} held out, coverage {reach:.3f}")
+    stage.event(
+        "corpus", train=len(train), held_out=len(held_out), left_out=left_out, coverage=round(reach, 4)
+    )
+    without = f", {left_out} too long or not to be written with the target's tokens" if left_out else ""
+    say(f"  {len(train)} samples to train on, {len(held_out)} held out{without}, coverage {reach:.3f}")
     return reach
 
 
