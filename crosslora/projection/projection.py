@@ -1,7 +1,7 @@
 """The learnable projection: source LoRA factors in, target LoRA factors out.
 
-    A_t = A_s P_in^T + dA        P_in  = P0_in  + D_in  Q^T
-    B_t = P_out B_s  + dB        P_out = P0_out + D_out Q^T
+    A_t = A_s P_in^T + dA        P_in  = P0_in  + UNIT D_in  Q^T
+    B_t = P_out B_s  + dB        P_out = P0_out + UNIT D_out Q^T
 
 P only matters on the span of the factors it maps, so D is learned in an orthonormal basis Q of that span
 (docs/architecture.md, "Span reduction"). One P_in and one P_out per space, shared by all layers and modules.
@@ -19,6 +19,9 @@ from crosslora.adapter import LoraFactors
 from crosslora.projection.mapping import Slot
 from crosslora.topology import WRITES
 
+UNIT = 0.2
+"""Of D, beside 1 of dA and dB. Adam moves all numbers equally far, and a number of D moves every vector of its space
+(docs/quality.md compares)."""
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Path of a target linear -> (A [r, d_in], B [d_out, r])."""
 
@@ -31,7 +34,7 @@ def span_basis(vectors: torch.Tensor, tolerance: float = 1e-5) -> torch.Tensor:
 
 
 class SpaceMap(nn.Module):
-    """One P = P0 + D Q^T applied to all source vectors of one space, stacked as columns."""
+    """One P = P0 + UNIT D Q^T applied to all source vectors of one space, stacked as columns."""
 
     def __init__(
         self, vectors: torch.Tensor, d_target: int, P0: torch.Tensor | None, residual: bool, full: bool
@@ -43,7 +46,7 @@ class SpaceMap(nn.Module):
         self.start: torch.Tensor
         self.coordinates: torch.Tensor
         self.register_buffer("start", start)  # [d_target, m]
-        self.register_buffer("coordinates", Q.T @ vectors)  # [n, m]
+        self.register_buffer("coordinates", UNIT * (Q.T @ vectors))  # [n, m]
         self.D = nn.Parameter(torch.zeros(d_target, Q.shape[1]))
         self.residual = nn.Parameter(torch.zeros_like(start)) if residual else None
 
