@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from crosslora.topology import decoder_layers, meta_model, space_widths
+from crosslora.training import rehearsal
 from crosslora.training.losses import LOGITS_BYTES
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -106,10 +107,12 @@ class FitMemory:
     learned: float
     activations: float
     logits: float
+    rehearsal: float
+    """While the base writes its own texts, before the first step."""
 
     @property
     def total(self) -> float:
-        return self.weights + self.learned + self.activations + self.logits
+        return self.weights + self.learned + max(self.activations + self.logits, self.rehearsal)
 
 
 def fit_memory(
@@ -144,7 +147,14 @@ def fit_memory(
         learned=learned * (LEARNED_BYTES - 8 + 8 / shares),
         activations=activations if on_gpu else HEAP * activations,
         logits=chunk * (1 + 2 * s / 4),  # float32, as the model gives them, and as its gradient
+        rehearsal=_rehearsal(shape, s),
     )
+
+
+def _rehearsal(shape: Shape, number_bytes: int) -> float:
+    """Keys and values of the texts that are written together, and three rows of the vocabulary in float32 for each."""
+    cached = 2 * shape.layers * shape.key * number_bytes * (rehearsal.TOKENS + 1)
+    return float(rehearsal.BATCH * (cached + 3 * 4 * shape.vocabulary))
 
 
 @dataclass(frozen=True)

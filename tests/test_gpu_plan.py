@@ -52,6 +52,15 @@ def test_weights_are_whole_without_zero_3_and_shared_with_it(large: Shape) -> No
     assert whole - shared == pytest.approx(2 * large.parameters * 7 / 8 - gathered)
 
 
+def test_the_bases_own_texts_count_where_a_step_takes_less(large: Shape) -> None:
+    small = {"sequences": 1, "length": 16, "checkpointing": True}
+    cache = 64 * 65 * 2 * 80 * 1024 * 2  # texts, tokens, keys and values, layers, their width, bytes
+    rows = 64 * 3 * 4 * 128_256
+    assert fit(large, **small) == fit(replace(large, normed=0), **small)
+    without = fit(large, **small) - cache - rows
+    assert without == pytest.approx(2 * large.parameters + LEARNED * (12 + 8 / 8))
+
+
 def test_what_must_cost_more_does(large: Shape) -> None:
     base = fit(large)
     assert fit(large, sequences=4) > base > fit(large, checkpointing=True)
