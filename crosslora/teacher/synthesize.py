@@ -52,6 +52,7 @@ class Teacher:
 
     def shard(self, index: int, size: int) -> list[Sample]:
         """Prompts, the teacher's answers, and the source base's opinion of these."""
+        self._tell(index, "writing prompts")
         shares = counts(size, [share for share, _ in self._strategies])
         drawn = []
         for count, (_, strategy) in zip(shares, self._strategies, strict=True):
@@ -61,11 +62,15 @@ class Teacher:
         answers = self._engine.generate(
             prompt_ids, self._answering(), adapter=True, on_finished=self._reporter(index)
         )
+        self._tell(index, "scoring by the source base alone")
         off = self._engine.score(prompt_ids, [answer.ids for answer in answers])
         return [
             self._sample(f"{index:05d}-{row:05d}", *drawn[row], answer, off[row])
             for row, answer in enumerate(answers)
         ]
+
+    def _tell(self, index: int, doing: str) -> None:
+        self._board.add.remote({"shard": index, "doing": doing})
 
     def _reporter(self, index: int) -> Callable[[int], None]:
         """Counts answers and tells the board about once a second."""
@@ -245,7 +250,11 @@ class _Foreman:
     def _count_answers(self, meter: Meter) -> None:
         unfinished = {index for _, index in self.work.values()}
         for event in ray.get(self.board.take.remote()):
-            if event["shard"] in unfinished:
+            if event["shard"] not in unfinished:
+                continue
+            if "doing" in event:
+                meter.advance(0, event["doing"])
+            else:
                 self.answered[event["shard"]] += event["answers"]
                 meter.advance(event["answers"])
 
