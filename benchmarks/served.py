@@ -31,7 +31,14 @@ from crosslora.adapter import read_adapter
 from crosslora.config import Base, Config, Task
 from crosslora.evaluation.client import ask
 from crosslora.evaluation.evaluate import adapter_folders, model_of, resources_of
-from crosslora.evaluation.harness import LONGEST, ask_harness, find_benchmarks, headline
+from crosslora.evaluation.harness import (
+    LONGEST,
+    Benchmark,
+    Benchmarks,
+    ask_harness,
+    find_benchmarks,
+    headline,
+)
 from crosslora.evaluation.results import SOURCE_BASE, STUDENT, TARGET_BASE, TEACHER, installed
 from crosslora.evaluation.tasks import Answer, answer_tokens, read_items, score
 from crosslora.models import load_tokenizer, resolve
@@ -89,7 +96,7 @@ def served(side: Side, questions: Questions, chat: ChatFormat) -> dict[str, Give
             given[task.name] = _own(task, answers)
         for benchmarks in questions.benchmarks():
             samples = ask_harness(endpoint.url, name, resolve(side.base), benchmarks)
-            given |= {task: _of_samples(samples, task) for task in benchmarks.names}
+            given |= _of_samples(samples, benchmarks)
     return given
 
 
@@ -146,10 +153,11 @@ def _alone(side: Side, questions: Questions, stop_ids: frozenset[int]) -> dict[s
 
     given = {task.name: _own(task, generate(task)) for task in questions.own()}
     for benchmarks in questions.benchmarks():
+        definitions = [benchmark.definition for benchmark in benchmarks.of_harness.values()]
         found = lm_eval.simple_evaluate(
-            model=engine, tasks=list(benchmarks.definitions), limit=benchmarks.limit, bootstrap_iters=0
+            model=engine, tasks=definitions, limit=benchmarks.limit, bootstrap_iters=0
         )
-        given |= {name: _of_samples(found["samples"], name) for name in benchmarks.names}
+        given |= _of_samples(found["samples"], benchmarks)
     return given
 
 
@@ -158,15 +166,18 @@ def _own(task: Task, answers: list[Answer]) -> Given:
     return Given(task.metrics[0], scores.tolist(), [answer.text for answer in answers])
 
 
-def _of_samples(samples: dict[str, list[dict[str, Any]]], name: str) -> Given:
+def _of_samples(samples: dict[str, list[dict[str, Any]]], benchmarks: Benchmarks) -> dict[str, Given]:
     """Answers are texts, or the likeliest choice."""
 
     def answer(row: dict[str, Any]) -> Any:
         first = row["resps"][0][0]
         return first if isinstance(first, str) else int(np.argmax([choice[0][0] for choice in row["resps"]]))
 
-    metric, scores = headline(samples, name)
-    return Given(metric, scores.tolist(), [answer(row) for row in samples[name]])
+    def given(name: str, benchmark: Benchmark) -> Given:
+        metric, scores = headline(samples, benchmark)
+        return Given(metric, scores.tolist(), [answer(row) for row in samples[name]])
+
+    return {name: given(name, benchmark) for name, benchmark in benchmarks.of_harness.items()}
 
 
 def compared(one: Given, two: Given) -> dict[str, Any]:

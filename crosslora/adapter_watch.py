@@ -94,7 +94,7 @@ class Watch:
             try:
                 adapter = self._places.fetch(name, folder, Path(temporary) / name)
                 self._rules.check(adapter)
-            except UserError as error:
+            except (UserError, PermissionError) as error:
                 return Change(name, state, problem=str(error))
             own = self._rules.format is not None and (adapter.folder / TOKENIZER).is_file()
             tokenizer = _files(adapter.folder, *TOKENIZER_FILES) if own else None

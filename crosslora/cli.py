@@ -287,8 +287,13 @@ def main() -> None:
         print(f"interrupted{resumes}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        if error.errno is None:  # pyarrow's, from an object store
-            _fail(f"run folder: {str(error).splitlines()[0]}; check its name, the network and your access")
+        if error.errno is None:  # pyarrow's, from an object store, or another client's of a network
+            what = (str(error).splitlines() or [type(error).__name__])[0]
+            _fail(f"run folder or network: {what}; check names, the network and your access")
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            _fail(
+                f"{error.filename}: {error.strerror}; give a place that you may write to, or mend its permissions"
+            )
         if error.errno != errno.ENOSPC:
             raise
         _fail(

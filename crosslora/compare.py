@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from crosslora.errors import UserError
@@ -79,7 +80,8 @@ def show(rows: Sequence[Row]) -> None:
         table.add_column(column, justify="right")
     for row in rows:
         scores = (row.target_base, row.student, row.teacher, row.rho_teacher)
-        table.add_row(row.run, row.adapter, row.task, row.metric, str(row.n), *map(_cell, scores))
+        names = map(escape, (row.run, row.adapter, row.task, row.metric))
+        table.add_row(*names, str(row.n), *map(_cell, scores))
     Console(highlight=False).print(table)
 
 

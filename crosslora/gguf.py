@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ def convert(gguf_path: Path, folder: Path, sha256: str | None = None) -> None:
     """Write the model and the tokenizer of a GGUF file into ``folder``: dequantised, as bfloat16.
 
     ``sha256`` is the digest that the file must have. A folder that holds this conversion already is left
-    alone. The folder appears whole or not at all: all is written to ``<folder>.part``, tried, then renamed.
+    alone. The folder appears whole or not at all: all is written beside it, tried, then renamed.
     The file's BOS rule is ``tokenizer.ggml.add_bos_token``; transformers drops it, so it is put back.
 
     Raises UserError: a file that is missing, damaged, of an unknown kind or not the expected one, a folder
@@ -42,7 +43,8 @@ def convert(gguf_path: Path, folder: Path, sha256: str | None = None) -> None:
     if _is_done(folder, digest):
         return
     reader = _read(gguf_path)
-    part = folder.with_name(folder.name + ".part")
+    folder = folder.absolute()
+    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")  # another process may convert the same file
     try:
         _make_room(part, weight_bytes=2 * sum(int(tensor.n_elements) for tensor in reader.tensors))
         with _parsed_once(reader):
@@ -55,6 +57,8 @@ def convert(gguf_path: Path, folder: Path, sha256: str | None = None) -> None:
         (part / MARKER).write_text(json.dumps(marker | {"transformers": transformers.__version__}) + "\n")
         part.rename(folder)
     except OSError as error:
+        if folder.is_dir() and _is_done(folder, digest):
+            return  # another process was faster
         raise UserError(f"{folder}: cannot be written, {error}; choose another folder") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -10,16 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from rich.markup import escape
+
 from crosslora import cluster
 from crosslora.adapter import Adapter, read_adapter
 from crosslora.adapter_places import keep_source
 from crosslora.config import AdapterSource, Config
 from crosslora.errors import UserError
-from crosslora.evaluation.evaluate import evaluate
+from crosslora.evaluation.evaluate import ROOM, evaluate, longest_conversation
 from crosslora.evaluation.tasks import read_items
 from crosslora.export import export
 from crosslora.identity import prompt_identity, source_identity, target_identity, task_identity
-from crosslora.models import embedding_place, resolve
+from crosslora.models import context_length, embedding_place, resolve
 from crosslora.plan import make_plan
 from crosslora.progress import say
 from crosslora.run_folder import STAGES, RunFolder, Stage, digest
@@ -28,6 +30,7 @@ from crosslora.teacher.corpus import read_samples, write_verdicts
 from crosslora.teacher.filters import KEPT, count_by_verdict, verdicts
 from crosslora.teacher.prompts import read_prompts
 from crosslora.teacher.synthesize import synthesize
+from crosslora.text.pair import TokenizerPair
 from crosslora.training.fit import fit
 from crosslora.vllm_settings import lora_options
 
@@ -93,7 +96,7 @@ def transfer(config: Config, redo: str | None = None, until: str | None = None) 
         folder.write_json("run.json", {"config": config.model_dump(mode="json")})
         folder.write_json("plan.json", plan.as_dict())
         for warning in plan.warnings:
-            say(f"[yellow]warning:[/yellow] {warning}")
+            say(f"[yellow]warning:[/yellow] {escape(warning)}")
         with cluster.session(config.cluster):
             for source in config.adapters:
                 _transfer_one(config, source, folder, until)
@@ -105,8 +108,7 @@ def transfer(config: Config, redo: str | None = None, until: str | None = None) 
 
 def check_inputs(config: Config) -> None:
     """What a late stage would stumble over, said before the first one starts. Raises UserError."""
-    for task in config.evaluation.tasks:
-        read_items(task)
+    tasks = [(task, read_items(task)) for task in config.evaluation.tasks]
     prompts = config.synthesis.prompts
     for path, field in ((prompts.seeds_file, "seeds_file"), (prompts.prompts_file, "prompts_file")):
         if path is not None:
@@ -115,8 +117,16 @@ def check_inputs(config: Config) -> None:
     for adapter in config.adapters:
         read_adapter(adapter.path)
     lora_options([adapter.path for adapter in config.adapters])  # evaluation serves them with vLLM
-    for base in (config.source, config.target):
-        embedding_place(resolve(base))
+    pair = TokenizerPair.load(config.source, config.target)
+    for base, chat in ((config.source, pair.teacher), (config.target, pair.student)):
+        folder = resolve(base)
+        embedding_place(folder)
+        needed, context = longest_conversation(tasks, chat) + ROOM, context_length(folder, unknown=1 << 30)
+        if needed > context:
+            raise UserError(
+                f"evaluation.tasks: a prompt with its answer takes up to {needed} tokens, {base.name} has room for "
+                f"{context}; leave out the longest, or lower the task's max_tokens"
+            )
 
 
 def _transfer_one(config: Config, source: AdapterSource, folder: RunFolder, until: str | None) -> None:

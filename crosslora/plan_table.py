@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from crosslora.gpu_plan import GpuPlan
@@ -23,7 +24,7 @@ def show(plan: Plan) -> None:
     memory = ", ".join(f"{stage} {amount:g} GB" for stage, amount in plan.memory_gigabytes.items())
     console.print(f"Memory: about {memory}")
     for warning in plan.warnings:
-        console.print(f"[yellow]Warning:[/yellow] {warning}")
+        console.print(f"[yellow]Warning:[/yellow] {escape(warning)}")
     for adapter in plan.adapters:
         console.print(_table(adapter))
     if plan.on_gpus is not None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pyarrow import fs as arrow_fs
+from pydantic import ValidationError
 
 from crosslora.config import Config
 from crosslora.errors import UserError
@@ -249,4 +250,10 @@ def config_of_run(place: str) -> Config:
     folder = RunFolder.open(place)
     if not folder.exists("run.json"):
         raise UserError(f"{place}: holds no run.json; give the folder of a run")
-    return Config.model_validate(folder.read_json("run.json")["config"])
+    try:
+        return Config.model_validate(folder.read_json("run.json")["config"])
+    except ValidationError as error:
+        raise UserError(
+            f"{place}: its run.json is of another version ({error.errors()[0]['msg']}); run `crosslora transfer` with its "
+            "configuration again"
+        ) from error

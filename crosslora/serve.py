@@ -17,6 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
+from rich.markup import escape
 
 from crosslora import __version__, serving
 from crosslora.adapter_places import Found, Places, common_base, common_source
@@ -108,7 +109,7 @@ def _tell(board: Any) -> None:
         time.sleep(1)
         for event in ray.get(board.take.remote()):
             why = f": {event['why']}" if event["why"] else ""
-            say(f"{event['event']} {event['adapter']}{why}")
+            say(escape(f"{event['event']} {event['adapter']}{why}"))
 
 
 def models(settings: Settings) -> list[Model]:

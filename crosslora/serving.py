@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -270,7 +271,24 @@ def _lifeline() -> Iterator[tuple[str, int]]:
     The actors of Ray Serve outlive the program that started them, unless that program also started Ray.
     """
     with socket.create_server((ray.util.get_node_ip_address(), 0)) as server:
-        yield server.getsockname()[:2]
+        threading.Thread(target=_accept, args=[server], daemon=True).start()
+        try:
+            yield server.getsockname()[:2]
+        finally:
+            server.shutdown(socket.SHUT_RDWR)  # or the thread would go on waiting
+
+
+def _accept(server: socket.socket) -> None:
+    """Connections that nobody accepts fill a queue, and then nobody can connect."""
+    with suppress(OSError):
+        while True:
+            threading.Thread(target=_hold, args=[server.accept()[0]], daemon=True).start()
+
+
+def _hold(connection: socket.socket) -> None:
+    """Until the other side ends: it sends nothing."""
+    with connection, suppress(OSError):
+        connection.recv(1)
 
 
 def free_port(host: str, port: int) -> int:

@@ -30,6 +30,7 @@ def environment(threads: int, num_gpus: float = 0) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_API_KEY": "",  # of another server: vLLM would ask it of every request here
     }
     if not num_gpus:
         # The model runs eagerly on CPU. What is left to compile (the rank of a logprob) would need a C++ compiler,

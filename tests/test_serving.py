@@ -232,9 +232,9 @@ def test_the_harness_gives_the_likelihoods_of_peft(
     write_benchmarks(tmp_path)
     benchmarks = find_benchmarks(["mmlu", "gsm8k"], tmp_path, None)
     samples = ask_harness(server.url, "one", str(folders.base), benchmarks)
-    scores = {name: headline(samples, name) for name in benchmarks.names}
+    scores = {name: headline(samples, benchmark) for name, benchmark in benchmarks.of_harness.items()}
     assert [(metric, len(values)) for metric, values in scores.values()] == [("acc", 6), ("exact_match", 2)]
-    (task,) = benchmarks.definitions[:1]
+    task = benchmarks.of_harness["mmlu"].definition
     expected = [mmlu_is_right(folders, row) for row in task["custom_dataset"]()["test"]]
     assert scores["mmlu"][1].tolist() == expected
 
@@ -275,7 +275,7 @@ def test_the_harness_chats_as_the_openai_client_does(
     found = lm_eval.simple_evaluate(
         model="local-chat-completions",
         model_args=endpoint,
-        tasks=list(find_benchmarks(["gsm8k"], tmp_path, None).definitions),
+        tasks=[find_benchmarks(["gsm8k"], tmp_path, None).of_harness["gsm8k"].definition],
         num_fewshot=0,
         apply_chat_template=True,
         bootstrap_iters=0,

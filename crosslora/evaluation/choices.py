@@ -11,8 +11,10 @@ from collections import Counter
 from typing import Any
 
 from lm_eval.models.openai_completions import LocalCompletionsAPI
+from openai import BadRequestError
 
-from crosslora.evaluation.client import connect
+from crosslora.evaluation.client import asked, connect
+from crosslora.gate import Completion
 from crosslora.progress import progress
 
 TOP = 20
@@ -29,7 +31,9 @@ class ChoicesAtOnce(LocalCompletionsAPI):
     def _loglikelihood_tokens(self, requests: list[Request], **kwargs: Any) -> list[Answer]:
         askers = Counter(tuple(context) for _, context, choice in requests if len(choice) == 1)
         shared = [context for context, count in askers.items() if count > 1]
-        likeliest = dict(zip(shared, asyncio.run(self._likeliest(shared)), strict=True)) if shared else {}
+        likeliest = (
+            dict(zip(shared, asked(self.base_url, self._likeliest(shared)), strict=True)) if shared else {}
+        )
         answers = {
             row: answer
             for row, (_, context, choice) in enumerate(requests)
@@ -41,6 +45,11 @@ class ChoicesAtOnce(LocalCompletionsAPI):
             answers |= zip(left, found, strict=True)
         return [answers[row] for row in range(len(requests))]
 
+    def _create_payload(self, *arguments: Any, **settings: Any) -> dict[str, Any]:
+        """Without what tasks say to other kinds of model, and endpoints refuse."""
+        payload = super()._create_payload(*arguments, **settings)
+        return {name: value for name, value in payload.items() if name in Completion.model_fields}
+
     async def _likeliest(self, contexts: list[tuple[int, ...]]) -> list[dict[str, float]]:
         """Of each context, the TOP likeliest next tokens ("token_id:17") with their log-probabilities."""
         gate = asyncio.Semaphore(self._concurrent)
@@ -49,14 +58,17 @@ class ChoicesAtOnce(LocalCompletionsAPI):
 
                 async def ask(context: tuple[int, ...]) -> dict[str, float]:
                     async with gate:
-                        completion = await client.completions.create(
-                            model=self.model,
-                            prompt=list(context[1 - self.max_length :]),
-                            max_tokens=1,
-                            temperature=0,
-                            logprobs=TOP,
-                            extra_body={"return_tokens_as_token_ids": True},
-                        )
+                        try:
+                            completion = await client.completions.create(
+                                model=self.model,
+                                prompt=list(context[1 - self.max_length :]),
+                                max_tokens=1,
+                                temperature=0,
+                                logprobs=TOP,
+                                extra_body={"return_tokens_as_token_ids": True},
+                            )
+                        except BadRequestError:  # so many it does not give
+                            return {}
                     meter.advance(1)
                     logprobs = completion.choices[0].logprobs
                     return logprobs.top_logprobs[0] if logprobs and logprobs.top_logprobs else {}

@@ -5,19 +5,26 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
-from openai import AsyncOpenAI, OpenAIError
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 
 from crosslora.errors import UserError
 from crosslora.evaluation.tasks import Answer, Item
 from crosslora.progress import Meter, progress
 from crosslora.text.templates import ChatFormat
 
+T = TypeVar("T")
+
 
 def ask(
     url: str, model: str, items: list[Item], chat: ChatFormat, max_tokens: int, concurrency: int
 ) -> list[Answer]:
-    """Greedy answers, in order. Prompts travel as token ids, so that the endpoint cannot add or lose a BOS."""
+    """Greedy answers, in order. Prompts travel as token ids, so that the endpoint cannot add or lose a BOS.
+
+    Raises UserError where the endpoint refuses a request."""
 
     async def run() -> list[Answer]:
         gate = asyncio.Semaphore(concurrency)
@@ -27,29 +34,44 @@ def ask(
                     *(_answer(client, model, item, chat, max_tokens, gate, meter) for item in items)
                 )
 
-    return asyncio.run(run())
+    return asked(url, run())
 
 
-def served_models(url: str) -> list[str]:
-    """Names that an endpoint lists; raises UserError where it does not answer."""
-
-    async def run() -> list[str]:
-        async with connect(url) as client:
-            return [model.id async for model in client.with_options(max_retries=0).models.list()]
-
+def asked(url: str, work: Coroutine[Any, Any, T]) -> T:
+    """Result of requests to an endpoint; raises UserError where it refuses one."""
     try:
-        return asyncio.run(run())
+        return asyncio.run(work)
     except OpenAIError as error:
         raise UserError(
-            f"--url {url}: no OpenAI-compatible endpoint answers there ({error}); it ends in /v1, and OPENAI_API_KEY is "
-            "its key where it wants one"
-        ) from None
+            f"{url}: no OpenAI-compatible endpoint answers there as it should ({str(error)[:300]}); its address ends in /v1, "
+            "and OPENAI_API_KEY is its key where it wants one"
+        ) from error
+
+
+def served_models(url: str) -> dict[str, float]:
+    """Names that an endpoint lists, and the tokens that each of them has for a prompt and its answer, infinite where it
+    does not say; raises UserError where it does not answer."""
+
+    async def run() -> dict[str, float]:
+        async with connect(url) as client:
+            models = [model async for model in client.with_options(max_retries=0).models.list()]
+            lengths = [(model.model_extra or {}).get("max_model_len") for model in models]
+            return {model.id: length or float("inf") for model, length in zip(models, lengths, strict=True)}
+
+    return asked(url, run())
 
 
 def connect(url: str) -> AsyncOpenAI:
     """A client that tries again: a replica that is lost takes its requests with it, and Ray Serve brings another."""
     key = os.environ.get("OPENAI_API_KEY") or "none"
-    return AsyncOpenAI(base_url=url, api_key=key, timeout=600, max_retries=8)
+    near = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")  # no proxy leads there
+    return AsyncOpenAI(
+        base_url=url,
+        api_key=key,
+        timeout=600,
+        max_retries=8,
+        http_client=DefaultAsyncHttpxClient(trust_env=False) if near else None,
+    )
 
 
 async def _answer(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from crosslora import cluster
@@ -26,7 +27,7 @@ from crosslora.evaluation.harness_tasks import local_tasks
 from crosslora.evaluation.metrics import bootstrap_interval, paired_difference, recovered_gain
 from crosslora.evaluation.results import SOURCE_BASE, STUDENT, TARGET_BASE, TEACHER
 from crosslora.evaluation.tasks import answer_tokens, read_items, score
-from crosslora.models import load_tokenizer, resolve
+from crosslora.models import context_length, load_tokenizer, resolve
 from crosslora.progress import say
 from crosslora.run_folder import RunFolder, config_of_run
 from crosslora.serving import serve_models
@@ -36,6 +37,8 @@ from crosslora.text.templates import ChatFormat
 FILE = ".jsonl"
 LONGEST = 2048
 """Tokens of a prompt and its answer; the harness cuts longer prompts on the left."""
+USUAL_ANSWER = 256
+"""Tokens that the harness leaves for an answer; a task that wants more gets a longer context."""
 Scores = dict[str, tuple[str, np.ndarray]]
 """task -> its metric, and the score of every item [n]"""
 
@@ -44,12 +47,23 @@ Samples = dict[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
+class Benchmark:
+    """What the user names: a task of the harness, or a group or tag of several."""
+
+    definition: Any
+    """What the harness is given: the name, or the whole configuration with its data."""
+    tasks: Sequence[str]
+    """Names of the harness's tasks that it is."""
+    metric: str
+
+
+@dataclass(frozen=True)
 class Benchmarks:
-    names: Sequence[str]
-    definitions: Sequence[Any]
-    """What the harness is given for each name: the name, or the whole configuration with its data."""
+    of_harness: dict[str, Benchmark]
     limit: int | None = None
     """Items of each task that the harness is to take; None where the data is cut already."""
+    longest: int = LONGEST
+    """Tokens of a prompt and its answer."""
     own: Sequence[Task] = ()
     """Prompt/completion files, asked as chats."""
 
@@ -66,7 +80,7 @@ def find_benchmarks(names: Sequence[str], task_data: Path | None, items: int | N
     if twice := next((name for name in all_names if all_names.count(name) > 1), None):
         raise UserError(f"--tasks: two tasks are named {twice!r}; rename a file, or ask twice")
     if not named:
-        return Benchmarks([], [], own=own)
+        return Benchmarks({}, own=own)
     return replace(_of_harness(named, task_data, items), own=own)
 
 
@@ -85,27 +99,49 @@ def _of_harness(names: Sequence[str], task_data: Path | None, items: int | None)
     if find_spec("lm_eval") is None:
         raise UserError("lm-evaluation-harness is not installed; `pip install '.[harness]'`")
     if task_data is not None:
-        return Benchmarks(names, local_tasks(names, task_data, items))
+        definitions = local_tasks(names, task_data, items)
+        metrics = [definition["metric_list"][0]["metric"] for definition in definitions]
+        found = zip(names, definitions, metrics, strict=True)
+        return Benchmarks({name: Benchmark(definition, [name], metric) for name, definition, metric in found})
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
     for name in names:
         if name not in manager.all_tasks:
             raise UserError(f"--tasks {name}: the harness has no such task; `lm-eval ls tasks` lists them")
-    try:
-        manager.load(list(names))  # fetches the data: what cannot be had is said before an engine starts
+    try:  # fetches the data: what cannot be had is said before an engine starts
+        loaded = {name: manager.load([name])["tasks"] for name in names}
     except Exception as error:  # the hub client raises a different class for every cause
         raise UserError(
             f"--tasks {','.join(names)}: the data could not be fetched from the hub ({type(error).__name__}); check "
             "the network, or give --task-data"
         ) from error
-    return Benchmarks(names, names, items)
+    asked = [
+        task.get_config("generation_kwargs") or {} for tasks in loaded.values() for task in tasks.values()
+    ]
+    answer = max(int(settings.get("max_gen_toks", USUAL_ANSWER)) for settings in asked)
+    return Benchmarks(
+        {name: Benchmark(name, list(tasks), _mean_metric(name, tasks)) for name, tasks in loaded.items()},
+        items,
+        LONGEST + max(answer - USUAL_ANSWER, 0),
+    )
+
+
+def _mean_metric(name: str, tasks: dict[str, Any]) -> str:
+    """The first metric of a benchmark that is a mean over its items, as intervals and differences need it."""
+    metrics: dict[str, Any] = next(iter(tasks.values())).aggregation()
+    means = [metric for metric, joined_by in metrics.items() if joined_by.__name__ == "mean"]
+    if not means:
+        raise UserError(
+            f"--tasks {name}: {' and '.join(metrics)} is no mean over items, which is compared here; leave it out"
+        )
+    return means[0]
 
 
 def evaluate_run(
     place: str, names: Sequence[str], task_data: Path | None, items: int | None, url: str | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Results of every adapter of a finished run, which are also written to RUN/harness/NAME/results.json.
+    """Results of every adapter of a finished run, which are also added to RUN/harness/NAME/results.json.
 
     With `url` an endpoint that runs already is asked, for the models that `crosslora serve RUN --teacher` names.
     Raises UserError for a folder that holds no finished run, and an endpoint that does not serve it, besides what
@@ -130,8 +166,14 @@ def evaluate_run(
             scores = _ask_served(config, source, pair, by_model, url.rstrip("/"))
         by_task = {name: {model: given[name] for model, given in scores.items()} for name in scores[STUDENT]}
         results[source.name] = {"tasks": {name: _task_result(models) for name, models in by_task.items()}}
-        folder.write_json(f"harness/{source.name}/results.json", results[source.name])
+        _add(folder, f"harness/{source.name}/results.json", results[source.name]["tasks"])
     return results
+
+
+def _add(folder: RunFolder, file: str, tasks: dict[str, Any]) -> None:
+    """What was asked before stays."""
+    before = folder.read_json(file)["tasks"] if folder.exists(file) else {}
+    folder.write_json(file, {"tasks": before | tasks})
 
 
 def _ask_served(
@@ -178,8 +220,9 @@ def _scores(
     chat: ChatFormat,
 ) -> dict[str, Scores]:
     """Serve one base with its adapters, and put to each of them its benchmarks."""
-    own = by_model[STUDENT].own
-    longest = max(longest_conversation([(task, read_items(task)) for task in own], chat) + ROOM, LONGEST)
+    asked = by_model[STUDENT]
+    longest = longest_conversation([(task, read_items(task)) for task in asked.own], chat) + ROOM
+    longest = max(longest, min(asked.longest, context_length(resolve(base, weights=False), asked.longest)))
     served = model_of(config, base, base_name, adapters, longest)
     with serve_models([served], resources_of(config)) as endpoint:
         return {
@@ -196,7 +239,7 @@ def _ask_all(
     samples = ask_harness(url, model, resolve(base, weights=False), benchmarks)
     concurrency = config.evaluation.concurrency
     return {
-        **{name: headline(samples, name) for name in benchmarks.names},
+        **{name: headline(samples, benchmark) for name, benchmark in benchmarks.of_harness.items()},
         **{task.name: _ask(url, model, task, chat, concurrency) for task in benchmarks.own},
     }
 
@@ -209,47 +252,46 @@ def _ask(url: str, model: str, task: Task, chat: ChatFormat, concurrency: int) -
 
 def ask_harness(url: str, model: str, tokenizer_folder: str, benchmarks: Benchmarks) -> Samples:
     """Put the harness's benchmarks to one model of an OpenAI-compatible endpoint; OPENAI_API_KEY is its key, if it wants
-    one."""
-    if not benchmarks.names:
+    one. Raises UserError where the endpoint refuses a request."""
+    if not benchmarks.of_harness:
         return {}
     import lm_eval
+    from aiohttp import ClientError
 
     from crosslora.evaluation.choices import ChoicesAtOnce
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     say(f"  {model}")
     tokenizer = load_tokenizer(tokenizer_folder)
-    found = lm_eval.simple_evaluate(
-        model=ChoicesAtOnce(
-            model=model,
-            base_url=f"{url}/completions",
-            tokenizer=tokenizer_folder,
-            tokenizer_backend="huggingface",
-            # by the tokenizer's own rule; left to itself, the harness never adds one
-            add_bos_token=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id,
-            num_concurrent=64,
-            max_length=LONGEST,
-            timeout=3600,
-        ),
-        tasks=list(benchmarks.definitions),
-        limit=benchmarks.limit,
-        bootstrap_iters=0,
+    client = ChoicesAtOnce(
+        model=model,
+        base_url=f"{url}/completions",
+        tokenizer=tokenizer_folder,
+        tokenizer_backend="huggingface",
+        # by the tokenizer's own rule; left to itself, the harness never adds one
+        add_bos_token=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id,
+        num_concurrent=64,
+        max_length=min(benchmarks.longest, *(served_models(url).values())),
+        timeout=3600,
     )
+    try:
+        found = lm_eval.simple_evaluate(
+            model=client,
+            tasks=[benchmark.definition for benchmark in benchmarks.of_harness.values()],
+            limit=benchmarks.limit,
+            bootstrap_iters=0,
+        )
+    except ClientError as error:
+        raise UserError(f"{url}: does not answer {model} ({error}); its log says why") from error
     samples: Samples = found["samples"]
     return samples
 
 
-def headline(samples: Samples, name: str) -> tuple[str, np.ndarray]:
-    """First metric and first answer filter of a task, or of all tasks of a group, whose names begin with its name."""
-    rows = [
-        row
-        for task in sorted(samples)
-        if task == name or task.startswith(f"{name}_")
-        for row in samples[task]
-    ]
-    metric = rows[0]["metrics"][0]
+def headline(samples: Samples, benchmark: Benchmark) -> tuple[str, np.ndarray]:
+    """Metric of a benchmark and its value for every item of all its tasks, by the first answer filter."""
+    rows = [row for task in sorted(benchmark.tasks) for row in samples[task]]
     kept = [row for row in rows if row["filter"] == rows[0]["filter"]]
-    return metric, np.array([float(row[metric]) for row in kept])
+    return benchmark.metric, np.array([float(row[benchmark.metric]) for row in kept])
 
 
 def _task_result(models: dict[str, tuple[str, np.ndarray]]) -> dict[str, Any]:
@@ -290,7 +332,8 @@ def show(results: dict[str, dict[str, Any]]) -> None:
                 score, change = given["metrics"][task["metric"]], task["student_minus_base"]
                 difference = f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
                 table.add_row(
-                    *(adapter, f"{name} ({task['metric']})", model, str(given["n"])),
+                    *(escape(text) for text in (adapter, f"{name} ({task['metric']})", model)),
+                    str(given["n"]),
                     f"{score['mean']:.3f} ± {score['standard_error']:.3f}",
                     difference if model == STUDENT else "",
                 )

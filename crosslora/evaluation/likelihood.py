@@ -10,7 +10,7 @@ from pydoc_data.topics import topics
 import numpy as np
 from openai import AsyncOpenAI
 
-from crosslora.evaluation.client import connect
+from crosslora.evaluation.client import asked, connect
 from crosslora.evaluation.tasks import Item
 from crosslora.progress import Meter, progress
 from crosslora.text.templates import ChatFormat
@@ -60,7 +60,7 @@ def _nats(url: str, model: str, parts: Sequence[tuple[list[int], list[int]]], co
             async with connect(url) as client:
                 return await asyncio.gather(*(_one(client, model, *part, gate, meter) for part in parts))
 
-    return np.array(asyncio.run(run()))
+    return np.array(asked(url, run()))
 
 
 async def _one(

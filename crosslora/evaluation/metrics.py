@@ -40,6 +40,10 @@ def json_field(pred: str, ref: str, field: str) -> float:
     return float(predicted is not None and _values(predicted, field) == _values(wanted, field))
 
 
+def has_field(ref: str, field: str) -> bool:
+    return bool(_values(_reference(ref), field))
+
+
 def _values(pairs: Pairs, field: str) -> set[str]:
     return {value for key, value in pairs if key == field}
 

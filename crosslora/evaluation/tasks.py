@@ -9,7 +9,7 @@ import numpy as np
 
 from crosslora.config import Task
 from crosslora.errors import UserError
-from crosslora.evaluation.metrics import exact_match, f1, json_field, json_slots, regex, rouge_l
+from crosslora.evaluation.metrics import exact_match, f1, has_field, json_field, json_slots, regex, rouge_l
 
 LEAST_TOKENS, MOST_TOKENS = 96, 1024
 """Of an answer, where a task does not say how many."""
@@ -47,16 +47,22 @@ def read_items(task: Task) -> list[Item]:
     for number, line in enumerate(lines[: task.items], 1):  # not splitlines(): JSON may hold U+2028
         try:
             row = json.loads(line)
-            items.append(Item(str(row["prompt"]), _text(row["completion"])))
+            items.append(Item(_text(row["prompt"]), _text(row["completion"])))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"evaluation.tasks: {task.path} line {number} is no object with prompt and completion; mend the line"
+                f"evaluation.tasks: {task.path} line {number} is no object with the texts prompt and completion; mend the "
+                "line"
             ) from error
     if not items:
         raise UserError(f"evaluation.tasks: {task.path} is empty; give at least one line")
     for metric in task.metrics:  # a metric refuses a reference that it cannot read: before hours of work
         for item in items:
             _one(metric, "", item.reference)
+        field = metric.removeprefix("json_field:")
+        if field != metric and not any(has_field(item.reference, field) for item in items):
+            raise UserError(
+                f"evaluation.tasks: {task.path}: no completion has the field {field!r} of {metric}"
+            )
     return items
 
 
@@ -67,8 +73,12 @@ def answer_tokens(task: Task, items: list[Item]) -> int:
 
 
 def _text(completion: object) -> str:
-    """Objects and lists stand for their JSON."""
-    return completion if isinstance(completion, str) else json.dumps(completion, ensure_ascii=False)
+    """Objects, lists and numbers stand for their JSON. Raises ValueError for what is no text."""
+    if completion is None:
+        raise ValueError("null")
+    text = completion if isinstance(completion, str) else json.dumps(completion, ensure_ascii=False)
+    text.encode()  # half of a surrogate pair is no text
+    return text
 
 
 def score(metric: str, answers: list[Answer], items: list[Item]) -> np.ndarray:

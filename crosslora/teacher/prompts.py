@@ -131,7 +131,8 @@ def read_prompts(path: Path, field: str) -> list[str]:
 def _prompt(line: str, place: str) -> str:
     try:
         prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
+        prompt.encode()  # half of a surrogate pair is no text
+    except (ValueError, KeyError, TypeError, AttributeError):
         prompt = None
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f'{place}: not an object such as {{"prompt": "..."}}; mend the line')

@@ -1,13 +1,24 @@
 """What `crosslora evaluate` refuses before it serves anything, and how it sums up."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from lm_eval.api import metrics
 
 from crosslora.errors import UserError
-from crosslora.evaluation.harness import _task_result, evaluate_run, find_benchmarks, headline
+from crosslora.evaluation.harness import (
+    Benchmark,
+    _add,
+    _mean_metric,
+    _task_result,
+    evaluate_run,
+    find_benchmarks,
+    headline,
+)
+from crosslora.run_folder import RunFolder
 
 
 def test_a_task_that_the_harness_does_not_know_is_refused() -> None:
@@ -49,10 +60,36 @@ def test_a_group_is_all_its_tasks_under_the_first_filter() -> None:
     samples = {
         "mmlu_zoology": [row("none", 1.0)],
         "mmlu_anatomy": [row("none", 0.0), row("loose", 1.0)],
-        "gsm8k": [row("none", 1.0)],
+        "mmlu_pro_law": [row("none", 1.0)],
     }
-    metric, scores = headline(samples, "mmlu")
+    metric, scores = headline(samples, Benchmark("mmlu", ["mmlu_zoology", "mmlu_anatomy"], "acc"))
     assert (metric, scores.tolist()) == ("acc", [0.0, 1.0])
+
+
+class Perplexities:
+    """A task whose metrics are no means."""
+
+    def __init__(self, **metrics: Callable[[list[float]], float]) -> None:
+        self.metrics = metrics
+
+    def aggregation(self) -> dict[str, Callable[[list[float]], float]]:
+        return self.metrics
+
+
+def test_a_metric_that_is_no_mean_over_items_is_refused() -> None:
+    assert (
+        _mean_metric("lambada", {"lambada": Perplexities(perplexity=metrics.perplexity, acc=metrics.mean)})
+        == "acc"
+    )
+    with pytest.raises(UserError, match="--tasks wikitext: bits_per_byte is no mean over items"):
+        _mean_metric("wikitext", {"wikitext": Perplexities(bits_per_byte=metrics.bits_per_byte)})
+
+
+def test_what_was_asked_before_stays(tmp_path: Path) -> None:
+    folder = RunFolder.open(str(tmp_path))
+    for tasks in ({"mmlu": 1, "gsm8k": 1}, {"gsm8k": 2}):
+        _add(folder, "results.json", tasks)
+    assert folder.read_json("results.json") == {"tasks": {"mmlu": 1, "gsm8k": 2}}
 
 
 def test_the_difference_is_paired_and_the_gain_needs_a_gain() -> None:

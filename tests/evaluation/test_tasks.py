@@ -26,6 +26,21 @@ def test_a_reference_that_the_metric_cannot_read_is_refused(tmp_path: Path, metr
         read_items(task(tmp_path, "no JSON", metric))
 
 
+@pytest.mark.parametrize(
+    "line", ['{"prompt": "p", "completion": null}', '{"prompt": "p", "completion": "\\ud83d"}']
+)
+def test_what_is_no_text_is_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "t.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match="line 1 is no object with the texts"):
+        read_items(Task(name="t", path=tmp_path / "t.jsonl"))
+
+
+def test_a_field_that_no_reference_has_is_refused(tmp_path: Path) -> None:
+    assert read_items(task(tmp_path, {"intent": "x"}, "json_field:intent"))
+    with pytest.raises(UserError, match="no completion has the field 'intnet'"):
+        read_items(task(tmp_path, {"intent": "x"}, "json_field:intnet"))
+
+
 def test_an_answer_that_did_not_end_scores_nothing(tmp_path: Path) -> None:
     items = read_items(task(tmp_path, "yes", "exact_match"))
     assert score("exact_match", [Answer("yes", ended=False)], items) == [0.0]

@@ -87,7 +87,9 @@ def test_a_template_without_a_beginning_gives_the_teacher_nothing_to_go_on_from(
         build_strategies(None, None, chat, Synthesis())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": 3}', '{"prompt": " "}', '{"text": "x"}'])
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"prompt": "\\ud83d"}', '{"prompt": 3}', '{"prompt": " "}', '{"text": "x"}']
+)
 def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "fine"}\n' + line + "\n")
