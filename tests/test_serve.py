@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,14 @@ def test_the_application_has_an_engine_and_a_shelf_per_base(run: Path) -> None:
     assert beside._bound_deployment.name == "vllm-1" and lifeline is None
     assert front._deployment_config.autoscaling_config.max_replicas == 2
     assert options["served_model_name"] == ["target"]
+
+
+def test_replicas_may_start_again_and_again() -> None:
+    """Each connects to the program that started it."""
+    with serving._lifeline() as address:
+        for _ in range(300):
+            socket.create_connection(address, timeout=5).close()
+        with socket.create_connection(address, timeout=5) as last:
+            last.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                last.recv(1)

@@ -28,7 +28,7 @@ def test_a_task_that_the_harness_does_not_know_is_refused() -> None:
 
 def test_files_of_prompts_are_tasks(tmp_path: Path) -> None:
     file = tmp_path / "check.jsonl"
-    file.write_text('{"prompt": "p", "completion": "{}"}\n' * 3)
+    file.write_text('{"prompt": "p", "completion": {"a:b": 1}}\n' * 3)
     (task,) = find_benchmarks([f"{file}:json_field:a:b"], None, 2).own
     assert (task.name, task.path, task.metrics, task.items) == ("check", file, ["json_field:a:b"], 2)
     (task,) = find_benchmarks([str(file)], None, None).own
