@@ -10,6 +10,7 @@ import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from crosslora import serving
 from crosslora.errors import UserError
 from crosslora.serve import Settings, application, models, settings, write_config
 from tests.tiny import tiny_llama, tiny_lora
