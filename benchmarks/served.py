@@ -28,6 +28,7 @@ import numpy as np
 
 from crosslora import cluster
 from crosslora.adapter import read_adapter
+from crosslora.adapter_places import kept_source
 from crosslora.config import Base, Config, Task
 from crosslora.evaluation.client import ask
 from crosslora.evaluation.evaluate import adapter_folders, model_of, resources_of
@@ -199,8 +200,9 @@ def judge(run: str, questions: Questions) -> Iterator[tuple[str, Any]]:
     config = questions.config
     folder = RunFolder.open(run)
     source = config.adapters[0]
-    pair, adapter = TokenizerPair.load(config.source, config.target), read_adapter(source.path)
+    pair = TokenizerPair.load(config.source, config.target)
     with tempfile.TemporaryDirectory() as temporary:
+        adapter = read_adapter(kept_source(folder, source.name).copy(Path(temporary) / "source"))
         exported = folder.sub(f"export/{source.name}")
         folders = adapter_folders(config, adapter, pair, exported, Path(temporary))
         sides = [
