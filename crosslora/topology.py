@@ -94,6 +94,10 @@ def discover(config: PretrainedConfig) -> Topology:
     """Topology of the causal LM that `config` describes; raises UserError where nothing can be mapped."""
     try:
         text = config.get_text_config()
+        if (
+            text.model_type == "codegen" or getattr(text, "multi_query", True) is False
+        ):  # CodeGen, GPT-BigCode
+            raise ValueError("its fused attention stores queries, keys and values in turns, head by head")
         widths = space_widths(text)
         model = meta_model(config)
     except (ValueError, AttributeError) as error:

@@ -6,8 +6,10 @@ import pytest
 from transformers import (
     AutoConfig,
     BertConfig,
+    CodeGenConfig,
     Gemma3nTextConfig,
     GPT2Config,
+    GPTBigCodeConfig,
     Lfm2Config,
     MambaConfig,
     Phi3Config,
@@ -57,6 +59,14 @@ def test_an_output_that_is_not_of_attention_fits_no_role() -> None:
     outputs = [linear.path for linear in topology.linears if linear.roles == ("attention_out",)]
     assert outputs == ["model.layers.1.self_attn.out_proj"]
     assert "model.layers.0.conv.out_proj" in topology.unknown
+
+
+@pytest.mark.parametrize(
+    "config", [GPTBigCodeConfig(n_layer=1, multi_query=False), CodeGenConfig(n_layer=1, vocab_size=64)]
+)
+def test_heads_in_turns_are_refused(config: PretrainedConfig) -> None:
+    with pytest.raises(UserError, match="in turns, head by head"):
+        discover(config)
 
 
 def test_layers_of_different_widths_are_refused() -> None:
