@@ -103,6 +103,7 @@ def main() -> None:
         "random_seeds": given.random_seeds,
         "interval": "95%, bootstrap over random seeds",
         "held_out_kl": [result["held_out_kl"] for result in results],
+        "drift": [result["drift"] for result in results],
         "minutes": [minutes(config, name, seed) for seed in given.random_seeds],
         "tasks": summaries,
     }
