@@ -292,7 +292,7 @@ def main() -> None:
             _fail(f"run folder or network: {what}; check names, the network and your access")
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             _fail(
-                f"{error.filename}: {error.strerror}; give a place that you may write to, or mend its permissions"
+                f"{error.filename or 'a file'}: {error.strerror}; give a place that you may write to, or mend its permissions"
             )
         if error.errno != errno.ENOSPC:
             raise

@@ -176,8 +176,8 @@ def _mapped(
         rank = sum(header.modules[path].rank for path in feeding)
         if rank > LORA_RANKS[-1]:
             raise UserError(
-                f"adapters.{adapter.name}: {' and '.join(linear.roles)} are one linear ({linear.path}) of the target, whose rank "
-                f"would be {rank}; vLLM runs adapters up to rank {LORA_RANKS[-1]}: lower the adapter's rank"
+                f"adapters.{adapter.name}: {linear.path} of the target ({', '.join(linear.roles)}) would get rank {rank}, vLLM "
+                f"runs adapters up to rank {LORA_RANKS[-1]}; lower the adapter's rank"
             )
         if feeding:
             mapped.append(linear)

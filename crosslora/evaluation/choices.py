@@ -32,7 +32,7 @@ class ChoicesAtOnce(LocalCompletionsAPI):
         askers = Counter(tuple(context) for _, context, choice in requests if len(choice) == 1)
         shared = [context for context, count in askers.items() if count > 1]
         likeliest = (
-            dict(zip(shared, asked(self.base_url, self._likeliest(shared)), strict=True)) if shared else {}
+            dict(zip(shared, asked(self._address(), self._likeliest(shared)), strict=True)) if shared else {}
         )
         answers = {
             row: answer
@@ -50,11 +50,14 @@ class ChoicesAtOnce(LocalCompletionsAPI):
         payload = super()._create_payload(*arguments, **settings)
         return {name: value for name, value in payload.items() if name in Completion.model_fields}
 
+    def _address(self) -> str:
+        return str(self.base_url).removesuffix("/completions")
+
     async def _likeliest(self, contexts: list[tuple[int, ...]]) -> list[dict[str, float]]:
         """Of each context, the TOP likeliest next tokens ("token_id:17") with their log-probabilities."""
         gate = asyncio.Semaphore(self._concurrent)
         with progress("questions", len(contexts), "questions") as meter:
-            async with connect(self.base_url.removesuffix("/completions")) as client:
+            async with connect(self._address()) as client:
 
                 async def ask(context: tuple[int, ...]) -> dict[str, float]:
                     async with gate:
@@ -69,7 +72,8 @@ class ChoicesAtOnce(LocalCompletionsAPI):
                             )
                         except BadRequestError:  # so many it does not give
                             return {}
-                    meter.advance(1)
+                        finally:
+                            meter.advance(1)
                     logprobs = completion.choices[0].logprobs
                     return logprobs.top_logprobs[0] if logprobs and logprobs.top_logprobs else {}
 

@@ -41,10 +41,12 @@ class Teacher:
         folder = resolve(base)
         self._chat = load_format(folder, base)
         self._words = Vocabulary(self._chat.tokenizer)
-        self._own = tempfile.TemporaryDirectory()
-        plain = Path(self._own.name)  # in the form that every vLLM reads
-        write_adapter(plain, read_adapter(adapter).factors, base.base)
-        self._engine = _engine(folder, plain, settings, seed, max_len(self._chat, settings))
+        with tempfile.TemporaryDirectory() as plain:  # in the form that every vLLM reads
+            write_adapter(plain, read_adapter(adapter).factors, base.base)
+            self._engine = _engine(folder, Path(plain), settings, seed, max_len(self._chat, settings))
+            # vLLM reads the adapter at the first request; an engine that is killed later would leave the folder behind
+            once = Sampling(0.0, 1, self._chat.stop_ids, top_k=0)
+            self._engine.generate([self._chat.prompt_ids("a")], once, adapter=True)
         self._strategies = build_strategies(self._engine, self._words, self._chat, settings)
 
     def ready(self) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from crosslora import cluster
 from crosslora.run_folder import RunFolder, Stage
@@ -50,6 +52,21 @@ def test_an_engine_that_dies_is_replaced(pair: Path, tmp_path: Path) -> None:
     assert len(ids) == len(set(ids)) and {sample_id.split("-")[0] for sample_id in ids} == {
         f"{index:05d}" for index in range(10)
     }
+
+
+def test_an_adapter_that_was_saved_as_a_state_dict_is_the_teacher(pair: Path, tmp_path: Path) -> None:
+    """Its names hold the adapter's own name, which vLLM does not read."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(pair / "adapter", folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    renamed = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "adapter_model.safetensors")
+    config = tiny_config(pair, tmp_path / "run")
+    stage = RunFolder.open(str(tmp_path / "run")).stage("synthesize/tiny", {})
+    with cluster.session(config.cluster):
+        synthesize(config, folder, stage)
+    samples = read_samples(stage.folder, stage.name)
+    assert max(abs(sample.adapter_effect) for sample in samples) > 0.01, "with and without it are the same"
 
 
 def test_no_shard_is_begun_after_the_minutes(pair: Path, tmp_path: Path) -> None:
