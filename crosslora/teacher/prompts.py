@@ -40,46 +40,63 @@ class SelfPrompts:
     instead, these are turned round.
     """
 
-    def __init__(self, engine: Engine, words: Vocabulary, chat: ChatFormat, settings: Synthesis) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        words: Vocabulary,
+        chat: ChatFormat,
+        settings: Synthesis,
+        turned: TurnedAnswers,
+    ) -> None:
         if not chat.pre_query_ids:
             raise UserError(
                 "synthesis.prompts.self: the chat template writes nothing before the user's text, so the teacher has "
                 "nothing to go on from; give prompts_file or seeds_file and its weight, and set self to 0"
             )
-        self._engine, self._words, self._chat = engine, words, chat
+        self._engine, self._words, self._chat, self._turned = engine, words, chat, turned
         self._sampling = _prompt_sampling(chat, settings)
-        self._turned = TurnedAnswers(engine, words, chat, settings)
-        self._gives_answers: bool | None = None
-        """Whether the teacher writes answers in the user's place; None before it was tried."""
 
     @property
     def name(self) -> str:
-        return TURNED if self._gives_answers else "self"
+        return TURNED if self._turned.are_answers else "self"
 
     def prompts(self, count: int, shard: int) -> list[str]:
-        if self._gives_answers is None:
-            self._gives_answers = self._turned.are_answers()
-        if self._gives_answers:
+        if self._turned.are_answers:
             return self._turned.prompts(count)
         generations = self._engine.generate([self._chat.pre_query_ids] * count, self._sampling, adapter=True)
         return _texts(generations, self._words, self._chat)
 
 
 class SeedPrompts:
-    """The source base alone goes on after a few seed examples, each shown as a user turn."""
+    """The source base alone goes on after a few seed examples, each shown as a user turn.
 
-    name = "seeds"
+    Where the teacher gives its answers away, the examples show how these are turned round instead: a small base goes
+    on after five requests with what its own prose would be about.
+    """
 
     def __init__(
-        self, engine: Engine, words: Vocabulary, chat: ChatFormat, settings: Synthesis, seeds: list[str]
+        self,
+        engine: Engine,
+        words: Vocabulary,
+        chat: ChatFormat,
+        settings: Synthesis,
+        turned: TurnedAnswers,
+        seeds: list[str],
     ) -> None:
-        self._engine, self._words, self._chat, self._seeds = engine, words, chat, seeds
+        self._engine, self._words, self._chat, self._turned = engine, words, chat, turned
+        self._seeds = seeds
         self._sampling = _prompt_sampling(chat, settings)
         self._random_seed = settings.random_seed
         free = [mark for mark in SEPARATORS if not any(mark in seed for seed in seeds)]
         self._separator = free[0] if free else SEPARATORS[-1]
 
+    @property
+    def name(self) -> str:
+        return TURNED if self._turned.are_answers else "seeds"
+
     def prompts(self, count: int, shard: int) -> list[str]:
+        if self._turned.are_answers:
+            return self._turned.prompts(count)
         chooser = random.Random(f"{self._random_seed}/{shard}")
         shown = [self._demonstrations(chooser) for _ in range(count)]
         generations = self._engine.generate(shown, self._sampling, adapter=False)
@@ -146,11 +163,12 @@ def build_strategies(
     wanted: Prompts = settings.prompts
     total = wanted.self + wanted.seeds + wanted.file
     chosen: list[tuple[float, Strategy]] = []
+    seeds = read_prompts(wanted.seeds_file, "seeds_file") if wanted.seeds > 0 and wanted.seeds_file else []
+    turned = TurnedAnswers(engine, words, chat, settings, seeds)
     if wanted.self > 0:
-        chosen.append((wanted.self, SelfPrompts(engine, words, chat, settings)))
-    if wanted.seeds > 0 and wanted.seeds_file:
-        seeds = read_prompts(wanted.seeds_file, "seeds_file")
-        chosen.append((wanted.seeds, SeedPrompts(engine, words, chat, settings, seeds)))
+        chosen.append((wanted.self, SelfPrompts(engine, words, chat, settings, turned)))
+    if seeds:
+        chosen.append((wanted.seeds, SeedPrompts(engine, words, chat, settings, turned, seeds)))
     if wanted.file > 0 and wanted.prompts_file:
         prompts = read_prompts(wanted.prompts_file, "prompts_file")
         per_shard = counts(

@@ -2,13 +2,15 @@
 
 Such a teacher writes answers where a user's text should stand. They show what it was trained to say, not what it was
 asked. The source base alone writes requests for them, a few examples before its eyes, and the teacher's new answer
-tells which is the best.
+tells which is the best. Seed examples with the teacher's answers to them are the better examples.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
+from functools import cached_property
 from itertools import chain, cycle, islice
 
 import numpy as np
@@ -40,8 +42,7 @@ EXAMPLES: list[Pair] = [
         "SEARCH flight WHERE to = Oslo AND day = Friday SORT BY price",
     ),
 ]
-"""What the writer sees: texts of many kinds, each with what somebody made of it. What an answer says stands in its
-request too."""
+"""Texts of many kinds, each with what somebody made of it. What an answer says stands in its request too."""
 END = "###"
 """Between two examples."""
 TEMPERATURE = 0.7
@@ -65,8 +66,15 @@ MOST_COPIED = 0.8
 class TurnedAnswers:
     """Requests for answers that the teacher gave away."""
 
-    def __init__(self, engine: Engine, words: Vocabulary, chat: ChatFormat, settings: Synthesis) -> None:
-        self._engine, self._words, self._chat = engine, words, chat
+    def __init__(
+        self,
+        engine: Engine,
+        words: Vocabulary,
+        chat: ChatFormat,
+        settings: Synthesis,
+        seeds: Sequence[str] = (),
+    ) -> None:
+        self._engine, self._words, self._chat, self._seeds = engine, words, chat, seeds
         marks = {i for i, raw in enumerate(words.token_bytes) if raw is not None and END.encode() in raw}
         self._writing = Sampling(TEMPERATURE, settings.max_prompt_tokens, chat.stop_ids | marks, top_k=0)
         self._giving = Sampling(1.0, settings.max_response_tokens, chat.user_stop_ids, top_k=0)
@@ -75,12 +83,15 @@ class TurnedAnswers:
         self._room = settings.max_prompt_tokens + settings.max_response_tokens
         self._chooser = random.Random(settings.random_seed)
 
+    @cached_property
     def are_answers(self) -> bool:
         """Whether what the teacher writes in the user's place are answers, not prompts.
 
         The teacher's answer to a prompt belongs after it: there the adapter raises it more than in the user's place. If
         the adapter never saw a user's turn, both places are the same to it, and the base's own copying takes the rest.
         """
+        if not self._chat.pre_query_ids:
+            return False
         texts = self._in_places([self._chat.pre_query_ids] * PROBES)
         if len(texts) < LEAST_PROBES:
             return False
@@ -117,10 +128,20 @@ class TurnedAnswers:
     def _turn(self, answers: list[str]) -> list[tuple[float, Pair]]:
         """(agreement of the teacher's new answer, pair) for every answer that got a request."""
         pairs = [pair for pair in zip(self._write(answers), answers, strict=True) if _is_request(*pair)]
-        prompts = [self._chat.prompt_ids(request) for request, _ in pairs]
+        replies = self._replies([request for request, _ in pairs])
+        return [(rouge_l(reply, pair[1]), pair) for reply, pair in zip(replies, pairs, strict=True)]
+
+    @cached_property
+    def _examples(self) -> list[Pair]:
+        """What the writer sees: the seed examples as the teacher answers them, or texts of many kinds."""
+        replies = self._replies(self._seeds)
+        return [pair for pair in zip(self._seeds, replies, strict=True) if pair[1]] or EXAMPLES
+
+    def _replies(self, requests: Sequence[str]) -> list[str]:
+        """The teacher's likeliest answers, "" where one does not end."""
+        prompts = [self._chat.prompt_ids(request) for request in requests]
         replies = self._engine.generate(prompts, self._answering, adapter=True)
-        texts = [self._text(reply) if reply.finished else "" for reply in replies]
-        return [(rouge_l(text, pair[1]), pair) for text, pair in zip(texts, pairs, strict=True)]
+        return [self._text(reply) if reply.finished else "" for reply in replies]
 
     def _text(self, generation: Generation) -> str:
         return (self._words.text(generation.ids[:-1].tolist()) or "").strip()
@@ -130,7 +151,7 @@ class TurnedAnswers:
         shown: list[list[int]] = []
         for row, answer in enumerate(answers):
             if row % SAME_SHOTS == 0:
-                chosen = self._chooser.sample(EXAMPLES, SHOTS)
+                chosen = self._chooser.sample(self._examples, min(SHOTS, len(self._examples)))
             shown.append(self._shown(chosen, answer))
         generations = self._engine.generate(shown, self._writing, adapter=False)
         return [self._request(generation.ids.tolist()) for generation in generations]

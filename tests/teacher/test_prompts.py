@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from crosslora.errors import UserError
 from crosslora.teacher.engine import Generation
 from crosslora.teacher.prompts import FilePrompts, SeedPrompts, build_strategies, counts, read_prompts
 from crosslora.teacher.synthesize import max_len
+from crosslora.teacher.turned import TurnedAnswers
 from crosslora.text.templates import PLAIN_TEMPLATE, ChatFormat
 from crosslora.text.vocabulary import Vocabulary
 from tests.tiny import byte_level_tokenizer
@@ -77,14 +79,17 @@ def test_seeds_with_blank_lines_stay_whole() -> None:
     chat = ChatFormat(byte_level_tokenizer())
     words = Vocabulary(chat.tokenizer)
     seeds = ["Read this.\n\nQuestion: 1", "Read this.\n\nQuestion: 1"]
-    strategy = SeedPrompts(Writer(words), words, chat, Synthesis(), seeds)  # type: ignore[arg-type]
+    engine: Any = Writer(words)
+    turned = TurnedAnswers(engine, words, chat, Synthesis())
+    turned.are_answers = False
+    strategy = SeedPrompts(engine, words, chat, Synthesis(), turned, seeds)
     assert strategy.prompts(2, 0) == ["Read this.\n\nQuestion: 3"] * 2
 
 
 def test_a_template_without_a_beginning_gives_the_teacher_nothing_to_go_on_from() -> None:
     chat = ChatFormat(byte_level_tokenizer(), "{% for m in messages %}{{ m['content'] + '\\n' }}{% endfor %}")
     with pytest.raises(UserError, match="nothing before the user's text"):
-        build_strategies(None, None, chat, Synthesis())  # type: ignore[arg-type]
+        build_strategies(None, Vocabulary(chat.tokenizer), chat, Synthesis())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from crosslora.config import Synthesis
 from crosslora.teacher.engine import Generation, Sampling
-from crosslora.teacher.prompts import TURNED, SelfPrompts
+from crosslora.teacher.prompts import TURNED, SeedPrompts, SelfPrompts
 from crosslora.teacher.turned import CANDIDATES, END, TurnedAnswers
 from crosslora.text.templates import ChatFormat
 from crosslora.text.vocabulary import Vocabulary
@@ -71,23 +71,41 @@ def test_an_answer_belongs_where_the_adapter_raises_it_most(users_place: float, 
     engine = ByHand(["x"], echo, echo)
     engine.effects = {True: users_place, False: after_prompt}
     turned = TurnedAnswers(engine, WORDS, CHAT, Synthesis())
-    assert turned.are_answers() == (users_place > after_prompt)
+    assert turned.are_answers == (users_place > after_prompt)
 
 
 def test_nothing_is_concluded_from_texts_that_do_not_end() -> None:
     engine = ByHand(["on and on " * 200], echo, echo)
     engine.effects = {True: 1.0, False: 0.0}
-    assert not TurnedAnswers(engine, WORDS, CHAT, Synthesis()).are_answers()
+    assert not TurnedAnswers(engine, WORDS, CHAT, Synthesis()).are_answers
 
 
 def test_prompts_stay_and_answers_are_turned_round() -> None:
     engine = ByHand(["play some jazz now"], echo, lambda shown: f"a request\n{END}\nData: more")
     engine.effects = {True: 0.0, False: 1.0}
-    strategy = SelfPrompts(engine, WORDS, CHAT, Synthesis())
+    strategy = SelfPrompts(engine, WORDS, CHAT, Synthesis(), TurnedAnswers(engine, WORDS, CHAT, Synthesis()))
     assert strategy.prompts(3, 0) == ["play some jazz now"] * 3 and strategy.name == "self"
     engine.effects = {True: 1.0, False: 0.0}
-    strategy = SelfPrompts(engine, WORDS, CHAT, Synthesis())
+    strategy = SelfPrompts(engine, WORDS, CHAT, Synthesis(), TurnedAnswers(engine, WORDS, CHAT, Synthesis()))
     assert strategy.prompts(3, 0) == ["a request"] and strategy.name == TURNED
+
+
+def test_seed_examples_show_how_answers_are_turned_round() -> None:
+    shown: list[str] = []
+
+    def write(text: str) -> str:
+        shown.append(text)
+        return f"a request\n{END}"
+
+    engine = ByHand(["the given answer"], lambda prompt: "on" if "lamp" in prompt else "and on " * 400, write)
+    engine.effects = {True: 1.0, False: 0.0}
+    turned = TurnedAnswers(engine, WORDS, CHAT, Synthesis(), ["light the lamp", "this never ends"])
+    strategy = SeedPrompts(engine, WORDS, CHAT, Synthesis(), turned, ["light the lamp", "this never ends"])
+    assert strategy.prompts(1, 0) == ["a request"] and strategy.name == TURNED
+    assert all(
+        text == f"Data: on\nUser said: light the lamp\n{END}\nData: the given answer\nUser said:"
+        for text in shown
+    )
 
 
 def test_the_request_whose_new_answer_is_nearest_is_kept() -> None:
