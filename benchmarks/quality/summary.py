@@ -41,16 +41,27 @@ def _rows(direction: str, task: str, metric: str) -> list[dict[str, Any]]:
     scores = {method: values for method, values in scores.items() if values}
     sizes = {len(values) for by_seed in scores.values() for values in by_seed}
     assert len(sizes) <= 1, f"{direction}/{task}: cells of {sizes} items; make the older ones again"
-    return [_row(direction, task, metric, method, scores) for method in scores]
+    rows = []
+    for method in scores:
+        row: dict[str, Any] = {"direction": direction, "task": task, "method": method, "metric": metric}
+        row |= _figures(method, scores)
+        if written := {prompt for cell in cells if cell["method"] == method for prompt in _verbatim(cell)}:
+            new = np.array([test["prompt"].strip() not in written for test in TASKS[task].rows()[1]])
+            others = {name: [values[new] for values in by_seed] for name, by_seed in scores.items()}
+            row["without_verbatim"] = _figures(method, others) if new.any() else {"n": 0}
+        rows.append(row)
+    return rows
 
 
-def _row(direction: str, task: str, metric: str, method: str, scores: dict[str, Scores]) -> dict[str, Any]:
+def _verbatim(cell: dict[str, Any]) -> list[str]:
+    """Prompts of the test that the teacher wrote word for word."""
+    found: list[str] = cell["report"].get("verbatim", {}).get("test", [])
+    return found
+
+
+def _figures(method: str, scores: dict[str, Scores]) -> dict[str, Any]:
     draws = {name: _means(name, values) for name, values in scores.items()}
-    row = {
-        "direction": direction,
-        "task": task,
-        "method": method,
-        "metric": metric,
+    figures: dict[str, Any] = {
         "random_seeds": len(scores[method]),
         "n": len(scores[method][0]),
         "mean": float(np.mean(scores[method])),
@@ -58,8 +69,8 @@ def _row(direction: str, task: str, metric: str, method: str, scores: dict[str, 
     }
     for name, reference in (("rho", "oracle"), ("rho_teacher", "teacher")):
         if "target_base" in scores and reference in scores and method not in ("target_base", reference):
-            row[name] = _rho(method, reference, scores, draws)
-    return row
+            figures[name] = _rho(method, reference, scores, draws)
+    return figures
 
 
 def _rho(
@@ -91,16 +102,22 @@ def _means(method: str, seeds: Scores) -> np.ndarray:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| direction | task | method | random seeds | metric | mean | 95% | rho | 95% |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| direction | task | method | random seeds | metric | mean | 95% | rho | 95% | rho_teacher | verbatim test rows | rho_teacher without |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        rho = row.get("rho")
         cells = [row["direction"], row["task"], row["method"], str(row["random_seeds"]), row["metric"]]
-        cells += [f"{row['mean']:.3f}", _span(row["interval"])]
-        cells += [f"{rho['value']:.2f}", _span(rho["interval"])] if rho else ["", ""]
+        cells += [f"{row['mean']:.3f}", _span(row["interval"]), *_recovered(row, "rho")]
+        cells += _recovered(row, "rho_teacher")[:1]
+        others = row.get("without_verbatim")
+        cells += [str(row["n"] - others["n"]), *_recovered(others, "rho_teacher")[:1]] if others else ["", ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _recovered(figures: dict[str, Any], name: str) -> list[str]:
+    rho = figures.get(name)
+    return [f"{rho['value']:.2f}", _span(rho["interval"])] if rho else ["", ""]
 
 
 def _span(interval: list[float]) -> str:

@@ -78,7 +78,9 @@ def test_gains_are_ratios_of_means_over_random_seeds(tmp_path: Path, monkeypatch
     for method, by_seed in scores.items():
         for seed, mean in enumerate(by_seed):
             cell = Cell("smollm2-gemma3", "facts", method, seed)
-            cell.write({"scores": {"exact_match": [mean - 0.1, mean + 0.1] * 30}})
+            verbatim = {"test": [cell.rows[1][0]["prompt"]] if method == "default" else []}
+            values = [mean - 0.1, mean + 0.1] * (len(cell.rows[1]) // 2)
+            cell.write({"scores": {"exact_match": values}, "report": {"verbatim": verbatim}})
     rows: dict[str, Any] = {
         row["method"]: row for row in summary._rows("smollm2-gemma3", "facts", "exact_match")
     }
@@ -87,6 +89,9 @@ def test_gains_are_ratios_of_means_over_random_seeds(tmp_path: Path, monkeypatch
     low, high = rows["default"]["rho"]["interval"]
     assert low < 2 / 3 < high
     assert rows["default"]["rho_teacher"] is None, "the teacher gains nothing"
+    others = rows["default"]["without_verbatim"]
+    assert others["n"] == rows["default"]["n"] - 1 and others["mean"] > rows["default"]["mean"]
+    assert "without_verbatim" not in rows["oracle"]
 
 
 def test_committed_cells_are_what_they_say() -> None:
