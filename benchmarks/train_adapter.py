@@ -61,7 +61,8 @@ class Conversation:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold U+2028
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 def conversations(rows: Sequence[dict[str, str]], chat: ChatFormat) -> list[Conversation]:
@@ -78,7 +79,8 @@ def batches(examples: list[Conversation], size: int, seed: int) -> Iterator[list
     generator = random.Random(seed)
     while True:
         window = sorted(
-            generator.sample(examples, size * WINDOW), key=lambda conversation: conversation.length
+            generator.sample(examples, min(size * WINDOW, len(examples))),
+            key=lambda conversation: conversation.length,
         )
         alike = [window[start : start + size] for start in range(0, len(window), size)]
         generator.shuffle(alike)

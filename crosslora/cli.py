@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from crosslora import __version__
-from crosslora.errors import UserError
+from crosslora.errors import said_in_a_sentence
 
 app = typer.Typer(
     help="Move a LoRA adapter to another base model without its training data.",
@@ -68,7 +66,7 @@ def transfer(
         )
         return
     if result.adapters:
-        show(compare([result.run]))
+        show(compare([result.run], [adapter.name for adapter in result.adapters]))
     for adapter in result.adapters:
         print(f"adapter: {adapter.folder}")
         print(f"report:  {result.run}/evaluate/{adapter.name}/report.html")
@@ -278,29 +276,5 @@ def _print_json(value: Any) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    try:
+    with said_in_a_sentence():
         app()
-    except UserError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        resumes = "; `crosslora transfer` without --redo goes on from here" if "transfer" in sys.argv else ""
-        print(f"interrupted{resumes}", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        if error.errno is None:  # pyarrow's, from an object store, or another client's of a network
-            what = (str(error).splitlines() or [type(error).__name__])[0]
-            _fail(f"run folder or network: {what}; check names, the network and your access")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            _fail(
-                f"{error.filename or 'a file'}: {error.strerror}; give a place that you may write to, or mend its permissions"
-            )
-        if error.errno != errno.ENOSPC:
-            raise
-        _fail(
-            f"disk full while writing {error.filename or 'the run folder'}; free some space and run the same command again"
-        )
-
-
-def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)

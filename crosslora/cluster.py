@@ -68,6 +68,11 @@ def session(settings: Cluster) -> Iterator[None]:
             f"cluster.address: no Ray cluster answers at {address!r} (from the configuration or RAY_ADDRESS); start one "
             "with `ray start --head`, or leave it out to start one in this process"
         ) from error
+    except RuntimeError as error:
+        raise UserError(
+            f"cluster.address: the Ray cluster at {address!r} cannot be joined ({str(error).splitlines()[0]}); use the "
+            "same versions of Python and Ray as its nodes, or submit the transfer as a job"
+        ) from error
     global _started_here
     _started_here = address is None
     try:
@@ -133,7 +138,9 @@ def _held(bundle: dict[str, float]) -> int:
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(min(int(node.get(name, 0) // amount) for name, amount in bundle.items()) for node in nodes)
+    return sum(
+        min(int(node.get(name, 0) / amount + 1e-9) for name, amount in bundle.items()) for node in nodes
+    )
 
 
 def _amounts(resources: dict[str, float]) -> str:

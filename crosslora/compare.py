@@ -30,21 +30,21 @@ class Row:
     """None where the teacher is the reference, or where there is nothing to recover."""
 
 
-def compare(runs: Sequence[str]) -> list[Row]:
-    """A row per run, adapter and task; raises UserError for a folder that is no run or not evaluated yet."""
+def compare(runs: Sequence[str], adapters: Sequence[str] | None = None) -> list[Row]:
+    """A row per run, adapter (all, or those that are named) and task; raises UserError for a folder that is no run or not
+    evaluated yet."""
     rows = []
     for run in runs:
         folder = RunFolder.open(run)
         if not folder.exists("run.json"):
             raise UserError(f"{run}: holds no run.json; give the folder of a run")
-        for adapter in folder.read_json("run.json")["config"]["adapters"]:
-            file = f"evaluate/{adapter['name']}/results.json"
+        of_run = [adapter["name"] for adapter in folder.read_json("run.json")["config"]["adapters"]]
+        for name in of_run if adapters is None else adapters:
+            file = f"evaluate/{name}/results.json"
             if not folder.exists(file):
-                raise UserError(
-                    f"{run}: {adapter['name']} is not evaluated; run `crosslora transfer` to its end"
-                )
+                raise UserError(f"{run}: {name} is not evaluated; run `crosslora transfer` to its end")
             tasks = folder.read_json(file)["tasks"]
-            rows += [_row(run, adapter["name"], task, result) for task, result in tasks.items()]
+            rows += [_row(run, name, task, result) for task, result in tasks.items()]
     return rows
 
 

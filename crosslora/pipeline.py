@@ -6,7 +6,7 @@ work is never done again; a run that was killed goes on with the same command.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,13 +91,15 @@ def transfer(config: Config, redo: str | None = None, until: str | None = None) 
     with folder.writing():
         check_inputs(config)
         plan = make_plan(config)
-        if redo is not None:  # after all checks: what is refused loses nothing
-            _forget(folder, redo)
-        folder.write_json("run.json", {"config": config.model_dump(mode="json")})
-        folder.write_json("plan.json", plan.as_dict())
+        for source in config.adapters:
+            _check_former(config, source, folder, redo)
         for warning in plan.warnings:
             say(f"[yellow]warning:[/yellow] {escape(warning)}")
         with cluster.session(config.cluster):
+            if redo is not None:  # after all checks: what is refused loses nothing
+                _forget(folder, redo)
+            folder.write_json("run.json", {"config": config.model_dump(mode="json")})
+            folder.write_json("plan.json", plan.as_dict())
             for source in config.adapters:
                 _transfer_one(config, source, folder, until)
     moved = [
@@ -129,6 +131,18 @@ def check_inputs(config: Config) -> None:
             )
 
 
+def _check_former(config: Config, source: AdapterSource, folder: RunFolder, redo: str | None) -> None:
+    """Refuse a run whose stages, those from `redo` on aside, were made from other inputs."""
+    adapter, former = read_adapter(source.path), None
+    for stage in STAGES[: STAGES.index(redo)] if redo else STAGES:
+        name = f"{stage}/{source.name}"
+        if not folder.exists(f"{name}/inputs.json"):
+            return
+        former = folder.stage(name, INPUTS[stage](config, adapter, former))
+        if not former.done:
+            return
+
+
 def _transfer_one(config: Config, source: AdapterSource, folder: RunFolder, until: str | None) -> None:
     say(f"[bold]{source.name}[/bold]")
     for stage in _stages(config, source, folder):
@@ -146,29 +160,29 @@ def _stages(config: Config, source: AdapterSource, folder: RunFolder) -> Iterato
     """Runs a stage, or finds it done, and yields it."""
     name = source.name
     adapter = read_adapter(source.path)
-    corpus = folder.stage(f"synthesize/{name}", _synthesis_inputs(config, adapter))
+    corpus = folder.stage(f"synthesize/{name}", INPUTS["synthesize"](config, adapter, None))
     _once(corpus, lambda: synthesize(config, source.path, corpus))
     keep_source(folder, source)
     yield corpus
-    filtered = folder.stage(f"filter/{name}", _filter_inputs(config, corpus))
+    filtered = folder.stage(f"filter/{name}", INPUTS["filter"](config, adapter, corpus))
     _once(filtered, lambda: filter_corpus(config, corpus, filtered))
     counts = filtered.manifest()["counts"]
     say("  samples: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     yield filtered
     parts = (corpus.name, filtered.name)
-    fitted = folder.stage(f"fit/{name}", _fit_inputs(config, adapter, filtered))
+    fitted = folder.stage(f"fit/{name}", INPUTS["fit"](config, adapter, filtered))
     _once(fitted, lambda: fit(config, source.path, parts, fitted))
     yield fitted
-    exported = folder.stage(f"export/{name}", {"fit": fitted.manifest(), "base": config.target.base})
+    exported = folder.stage(f"export/{name}", INPUTS["export"](config, adapter, fitted))
     _once(exported, lambda: export(config, adapter, fitted, exported, filtered.manifest()))
     yield exported
-    evaluated = folder.stage(f"evaluate/{name}", _evaluation_inputs(config, exported))
+    evaluated = folder.stage(f"evaluate/{name}", INPUTS["evaluate"](config, adapter, exported))
     kl = fitted.manifest()["held_out_kl"]
     _once(evaluated, lambda: evaluate(config, adapter, parts, exported, kl, evaluated))
     yield evaluated
 
 
-def _synthesis_inputs(config: Config, adapter: Adapter) -> dict[str, Any]:
+def _synthesis_inputs(config: Config, adapter: Adapter, former: Any) -> dict[str, Any]:
     settings = config.synthesis.model_dump(mode="json")
     # what the files hold counts, not where they lie: a job unpacks them elsewhere every time
     weights = config.synthesis.prompts.model_dump(exclude={"seeds_file", "prompts_file"})
@@ -179,7 +193,7 @@ def _synthesis_inputs(config: Config, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _filter_inputs(config: Config, corpus: Stage) -> dict[str, Any]:
+def _filter_inputs(config: Config, adapter: Adapter, corpus: Stage) -> dict[str, Any]:
     settings = config.synthesis.model_dump(mode="json")
     return {"corpus": corpus.digest, "filters": {key: settings[key] for key in sorted(FILTERS)}}
 
@@ -210,7 +224,11 @@ def _fit_inputs(config: Config, adapter: Adapter, filtered: Stage) -> dict[str, 
     }
 
 
-def _evaluation_inputs(config: Config, exported: Stage) -> dict[str, Any]:
+def _export_inputs(config: Config, adapter: Adapter, fitted: Stage) -> dict[str, Any]:
+    return {"fit": fitted.manifest(), "base": config.target.base}
+
+
+def _evaluation_inputs(config: Config, adapter: Adapter, exported: Stage) -> dict[str, Any]:
     elsewhere: Any = {"port": True, "concurrency": True, "tasks": {"__all__": {"path"}}}
     settings = config.evaluation.model_dump(mode="json", exclude=elsewhere)
     return {
@@ -218,6 +236,16 @@ def _evaluation_inputs(config: Config, exported: Stage) -> dict[str, Any]:
         "evaluation": settings,
         "tasks": [task_identity(task) for task in config.evaluation.tasks],
     }
+
+
+INPUTS: dict[str, Callable[[Config, Adapter, Any], dict[str, Any]]] = {
+    "synthesize": _synthesis_inputs,
+    "filter": _filter_inputs,
+    "fit": _fit_inputs,
+    "export": _export_inputs,
+    "evaluate": _evaluation_inputs,
+}
+"""What a stage is made from: (configuration, source adapter, the stage before it)."""
 
 
 def _once(stage: Stage, work: Any) -> None:
@@ -230,5 +258,6 @@ def _once(stage: Stage, work: Any) -> None:
 
 
 def _forget(folder: RunFolder, redo: str) -> None:
-    for stage in STAGES[STAGES.index(redo) :]:
+    """The last stage first: where this is interrupted, nothing stays that was made from what is gone."""
+    for stage in reversed(STAGES[STAGES.index(redo) :]):
         folder.remove(stage)

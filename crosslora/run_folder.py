@@ -99,6 +99,11 @@ class RunFolder:
             raise UserError(f"{self.path(name)}: damaged ({error}); delete it and run again") from error
 
     def remove(self, name: str) -> None:
+        """Manifests first, so that half of a stage is never taken for all of it."""
+        inside = arrow_fs.FileSelector(self.path(name), allow_not_found=True, recursive=True)
+        for file in self.filesystem.get_file_info(inside):
+            if file.base_name == "manifest.json":
+                self.filesystem.delete_file(file.path)
         if self.exists(name):
             self.filesystem.delete_dir(self.path(name))
 

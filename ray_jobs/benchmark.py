@@ -1,7 +1,7 @@
 """Tokens per second of synthesis and of fitting, at several numbers of engines and workers, as a Ray job:
 
-ray job submit --working-dir . -- python ray_jobs/benchmark.py --config CONFIG --engines 1 2 --workers 1 2 \\
-    cluster.address=auto
+ray job submit --working-dir . -- python ray_jobs/benchmark.py --config CONFIG cluster.address=auto \\
+    --engines 1 2 --workers 1 2
 
 Prints JSON and keeps it in RUN/benchmark/benchmark.json. Per GPU, or per CPU core where the configuration has none.
 """
@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from crosslora import cluster
 from crosslora.config import Config, load_config, parse_config
-from crosslora.errors import UserError
+from crosslora.errors import said_in_a_sentence
 from crosslora.pipeline import filter_corpus
 from crosslora.run_folder import RunFolder, Stage
 from crosslora.teacher.synthesize import synthesize
@@ -34,17 +33,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of fitting")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as cluster.address=auto")
     arguments = parser.parse_args()
-    try:
+    with said_in_a_sentence():
         print(json.dumps(benchmark(load_config(arguments.config, arguments.overrides), arguments), indent=2))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def benchmark(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     """Both series, made anew; the corpus of the most engines is what is fitted on."""
     config = config.model_copy(update={"run": f"{config.run.rstrip('/')}/benchmark"})
     folder = RunFolder.open(config.run)
+    fits = {n: _fit_config(config, n, arguments.steps) for n in sorted(arguments.workers)}  # or refuses
     with folder.writing(), cluster.session(config.cluster):
         for stage in ("synthesize", "filter", "fit"):
             folder.remove(stage)
@@ -52,9 +49,7 @@ def benchmark(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
         corpus = folder.stage(f"synthesize/{max(arguments.engines)}", {})
         filtered = folder.stage("filter/all", {})
         filter_corpus(config, corpus, filtered)
-        fitting = [
-            _fit(config, folder, n, arguments.steps, (corpus, filtered)) for n in sorted(arguments.workers)
-        ]
+        fitting = [_fit(config, folder, n, (corpus, filtered)) for n, config in fits.items()]
         result = {"synthesis": synthesis, "fit": fitting, "config": config.model_dump(mode="json")}
         folder.write_json("benchmark.json", result)
     return result
@@ -69,11 +64,12 @@ def _synthesis(config: Config, folder: RunFolder, engines: int, samples: int) ->
     return {"engines": engines, "response_tokens_per_second": rate, **_per_device(rate, engines, gpus)}
 
 
-def _fit(
-    config: Config, folder: RunFolder, workers: int, steps: int, corpus: tuple[Stage, Stage]
-) -> dict[str, Any]:
+def _fit_config(config: Config, workers: int, steps: int) -> Config:
     settings = {"workers": workers, "steps": steps, "checkpoint_every": steps, "evaluate_every": steps}
-    config = _with(config, "fit", settings)
+    return _with(config, "fit", settings)
+
+
+def _fit(config: Config, folder: RunFolder, workers: int, corpus: tuple[Stage, Stage]) -> dict[str, Any]:
     stage = folder.stage(f"fit/{workers}", {"workers": workers})
     rate = fit(config, config.adapters[0].path, (corpus[0].name, corpus[1].name), stage)["tokens_per_second"]
     return {

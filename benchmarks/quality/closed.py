@@ -89,8 +89,10 @@ def activation_maps(
         ends = [vocabulary.ends(np.array(i)) for vocabulary, i in zip(words, ids, strict=True)]
         rows = strict_positions(*ends)
         ours, theirs = (
-            _activations(model, topology, i)
-            for model, topology, i in zip(models, (transfer.source, transfer.target), ids, strict=True)
+            _activations(model, topology, chat.bos_ids, i)
+            for model, topology, chat, i in zip(
+                models, (transfer.source, transfer.target), (pair.teacher, pair.student), ids, strict=True
+            )
         )
         for (layer, place, space), X_t in theirs.items():
             X_s = ours.get((layers[layer], place, space))
@@ -101,23 +103,25 @@ def activation_maps(
 
 
 @torch.inference_mode()
-def _activations(model: Any, topology: Topology, ids: list[int]) -> dict[tuple[int, str, str], torch.Tensor]:
-    """(layer, what it is of, space) -> float32 [T, width]: inputs and outputs of every linear."""
+def _activations(
+    model: Any, topology: Topology, bos: list[int], ids: list[int]
+) -> dict[tuple[int, str, str], torch.Tensor]:
+    """(layer, what it is of, space) -> float32 [T, width]: inputs and outputs of every linear, at the T ids after BOS."""
     found: dict[tuple[int, str, str], torch.Tensor] = {}
 
     def keep(linear: Linear) -> Any:
         role = linear.roles[0]
 
         def hook(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            found[linear.layer, f"into {role}", READS[role]] = inputs[0][0].float()
-            found[linear.layer, f"out of {role}", WRITES[role]] = output[0].float()
+            found[linear.layer, f"into {role}", READS[role]] = inputs[0][0, len(bos) :].float()
+            found[linear.layer, f"out of {role}", WRITES[role]] = output[0, len(bos) :].float()
 
         return hook
 
     hooks = [
         model.get_submodule(linear.path).register_forward_hook(keep(linear)) for linear in topology.linears
     ]
-    model.base_model(input_ids=torch.tensor([ids]), use_cache=False)
+    model.base_model(input_ids=torch.tensor([bos + ids]), use_cache=False)
     for hook in hooks:
         hook.remove()
     return found

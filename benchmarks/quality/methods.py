@@ -217,6 +217,7 @@ def _distilled(cell: Cell, build: Callable[[Transfer, int], Any], cross_entropy:
         "minutes": made.minutes,
         "tokens_per_second": made.tokens_per_second,
         "best_step": made.best_step,
+        "verbatim": _verbatim(cell, RunFolder.open(config.run)),
     }
 
 

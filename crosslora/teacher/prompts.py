@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
 from crosslora.config import Prompts, Synthesis
 from crosslora.errors import UserError
-from crosslora.teacher.engine import Engine, Generation, Sampling
-from crosslora.teacher.turned import TurnedAnswers
+from crosslora.teacher.engine import Engine, Sampling
+from crosslora.teacher.turned import TurnedAnswers, turns
 from crosslora.text.templates import ChatFormat
 from crosslora.text.vocabulary import Vocabulary
 
@@ -64,7 +63,7 @@ class SelfPrompts:
         if self._turned.are_answers:
             return self._turned.prompts(count)
         generations = self._engine.generate([self._chat.pre_query_ids] * count, self._sampling, adapter=True)
-        return _texts(generations, self._words, self._chat)
+        return turns(generations, self._words, self._chat)
 
 
 class SeedPrompts:
@@ -186,14 +185,3 @@ def counts(total: int, shares: list[float]) -> list[int]:
 
 def _prompt_sampling(chat: ChatFormat, settings: Synthesis) -> Sampling:
     return Sampling(settings.prompt_temperature, settings.max_prompt_tokens, chat.user_stop_ids, top_k=0)
-
-
-def _texts(generations: Sequence[Generation], words: Vocabulary, chat: ChatFormat) -> list[str]:
-    """What was written before the end of the user turn: a stop id, or the template's text where it has no such id."""
-    found = []
-    for generation in generations:
-        ids = generation.ids.tolist()
-        text, ended, _ = (words.text(ids[:-1] if generation.finished else ids) or "").partition(chat.user_end)
-        if text.strip() and (ended or generation.finished):
-            found.append(text.strip())
-    return found

@@ -18,7 +18,7 @@ import numpy as np
 from crosslora.config import Synthesis
 from crosslora.evaluation.metrics import rouge_l
 from crosslora.teacher.engine import Engine, Generation, Sampling
-from crosslora.teacher.filters import NearDuplicates
+from crosslora.teacher.filters import NearDuplicates, common_grams
 from crosslora.text.templates import ChatFormat
 from crosslora.text.vocabulary import Vocabulary
 
@@ -43,8 +43,8 @@ EXAMPLES: list[Pair] = [
     ),
 ]
 """Texts of many kinds, each with what somebody made of it. What an answer says stands in its request too."""
-END = "###"
-"""Between two examples."""
+ENDS = ("###", "=====", "%%%%%")
+"""Between two examples, the first that stands in none."""
 TEMPERATURE = 0.7
 """Of the writer; at 1 a small one loses its way."""
 CLEARLY = -0.2
@@ -75,12 +75,12 @@ class TurnedAnswers:
         seeds: Sequence[str] = (),
     ) -> None:
         self._engine, self._words, self._chat, self._seeds = engine, words, chat, seeds
-        marks = {i for i, raw in enumerate(words.token_bytes) if raw is not None and END.encode() in raw}
-        self._writing = Sampling(TEMPERATURE, settings.max_prompt_tokens, chat.stop_ids | marks, top_k=0)
         self._giving = Sampling(1.0, settings.max_response_tokens, chat.user_stop_ids, top_k=0)
         self._probing = Sampling(0.0, settings.max_prompt_tokens, chat.stop_ids, top_k=0)
         self._answering = Sampling(0.0, settings.max_response_tokens, chat.stop_ids, top_k=0)
-        self._room = settings.max_prompt_tokens + settings.max_response_tokens
+        self._longest_request = settings.max_prompt_tokens
+        longest = sorted((len(chat.prompt_ids(seed)) for seed in seeds), reverse=True)[:SHOTS]
+        self._room = max(settings.max_prompt_tokens, sum(longest)) + settings.max_response_tokens
         self._chooser = random.Random(settings.random_seed)
 
     @cached_property
@@ -116,18 +116,18 @@ class TurnedAnswers:
 
     def _given_away(self, count: int) -> list[str]:
         """At most `count` answers, unlike each other: what the teacher says in the user's place and to nothing."""
-        seen = NearDuplicates(MOST_ALIKE)
         texts = self._in_places([self._chat.pre_query_ids, self._chat.prompt_ids("")] * count)
+        # what most answers say is the format: "The answer is A." and "The answer is B." are not alike
+        seen = NearDuplicates(MOST_ALIKE, common_grams(texts))
         return [text for row, text in enumerate(texts) if not seen.seen(text, str(row))][:count]
 
     def _in_places(self, places: list[list[int]]) -> list[str]:
         """What the teacher writes there, where it ends by itself."""
-        generations = self._engine.generate(places, self._giving, adapter=True)
-        return [text for g in generations if g.finished and (text := self._text(g))]
+        return turns(self._engine.generate(places, self._giving, adapter=True), self._words, self._chat)
 
     def _turn(self, answers: list[str]) -> list[tuple[float, Pair]]:
         """(agreement of the teacher's new answer, pair) for every answer that got a request."""
-        pairs = [pair for pair in zip(self._write(answers), answers, strict=True) if _is_request(*pair)]
+        pairs = [pair for pair in zip(self._write(answers), answers, strict=True) if self._is_request(*pair)]
         replies = self._replies([request for request, _ in pairs])
         return [(rouge_l(reply, pair[1]), pair) for reply, pair in zip(replies, pairs, strict=True)]
 
@@ -136,6 +136,22 @@ class TurnedAnswers:
         """What the writer sees: the seed examples as the teacher answers them, or texts of many kinds."""
         replies = self._replies(self._seeds)
         return [pair for pair in zip(self._seeds, replies, strict=True) if pair[1]] or EXAMPLES
+
+    @cached_property
+    def _end(self) -> str:
+        text = "".join(request + answer for request, answer in self._examples)
+        return next((mark for mark in ENDS if mark not in text), ENDS[-1])
+
+    @cached_property
+    def _writing(self) -> Sampling:
+        tokens, mark = self._words.token_bytes, self._end.encode()
+        marks = {i for i, raw in enumerate(tokens) if raw is not None and mark in raw}
+        return Sampling(TEMPERATURE, self._longest_request, self._chat.stop_ids | marks, top_k=0)
+
+    @cached_property
+    def _most_copied(self) -> float:
+        """Some answers, such as the same text with commas, are nearly what was asked: the examples tell."""
+        return max(MOST_COPIED, *(rouge_l(*pair) for pair in self._examples))
 
     def _replies(self, requests: Sequence[str]) -> list[str]:
         """The teacher's likeliest answers, "" where one does not end."""
@@ -158,15 +174,17 @@ class TurnedAnswers:
 
     def _shown(self, examples: list[Pair], answer: str) -> list[int]:
         """What the writer goes on from: as many of the examples as there is room for."""
-        parts = [self._words.encode(f"Data: {a}\nUser said: {request}\n{END}\n") for request, a in examples]
+        parts = [
+            self._words.encode(f"Data: {a}\nUser said: {request}\n{self._end}\n") for request, a in examples
+        ]
         last = self._words.encode(f"Data: {answer}\nUser said:")
         while parts and sum(map(len, parts)) + len(last) > self._room:
             parts.pop()
-        return [*chain.from_iterable(parts), *last]
+        return [*self._chat.bos_ids, *chain.from_iterable(parts), *last]
 
     def _request(self, ids: list[int]) -> str:
         text = self._words.text([i for i in ids if i not in self._chat.stop_ids]) or ""
-        request, ended, _ = text.partition(END)
+        request, ended, _ = text.partition(self._end)
         return request.strip() if ended or ids[-1] in self._chat.stop_ids else ""
 
     def _effects(self, prompts: list[list[int]], ids: list[np.ndarray]) -> np.ndarray:
@@ -174,6 +192,16 @@ class TurnedAnswers:
         on, off = (self._engine.score(prompts, ids, adapter=adapter) for adapter in (True, False))
         return np.array([float(np.mean(a - b)) for a, b in zip(on, off, strict=True)])
 
+    def _is_request(self, request: str, answer: str) -> bool:
+        return bool(request) and request != answer and rouge_l(request, answer) <= self._most_copied
 
-def _is_request(request: str, answer: str) -> bool:
-    return bool(request) and rouge_l(request, answer) <= MOST_COPIED
+
+def turns(generations: Sequence[Generation], words: Vocabulary, chat: ChatFormat) -> list[str]:
+    """What was written before the end of the user turn: a stop id, or the template's text where it has no such id."""
+    found = []
+    for generation in generations:
+        ids = generation.ids.tolist()
+        text, ended, _ = (words.text(ids[:-1] if generation.finished else ids) or "").partition(chat.user_end)
+        if text.strip() and (ended or generation.finished):
+            found.append(text.strip())
+    return found

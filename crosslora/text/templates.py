@@ -82,10 +82,14 @@ class ChatFormat:
                 f"chat template of {self.tokenizer.name_or_path}: cannot be rendered ({error}); give another one"
             ) from error
 
-    def _lacks_bos(self) -> bool:
+    @property
+    def bos_ids(self) -> list[int]:
+        """What the tokenizer writes before any text: its BOS, or nothing."""
         bos = self.tokenizer.bos_token_id
-        wanted = bos is not None and self.tokenizer("a")["input_ids"][0] == bos
-        return wanted and self.prompt_ids(MARKERS[0])[0] != bos
+        return [bos] if bos is not None and self.tokenizer("a")["input_ids"][0] == bos else []
+
+    def _lacks_bos(self) -> bool:
+        return bool(self.bos_ids) and self.prompt_ids(MARKERS[0])[:1] != self.bos_ids
 
     def _around(self, before: list[dict[str, str]], generate: bool) -> tuple[str, str]:
         """The text before and after one more message."""

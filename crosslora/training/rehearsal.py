@@ -37,10 +37,8 @@ def rehearsal(
     Every rank must call it (ZeRO-3 gathers) and gets the same, as far as it computes the same.
     """
     wanted = ceil(len(train) * share / (1 - share))
-    tokenizer = pair.student.tokenizer
-    bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
     firsts = np.random.default_rng(random_seed).choice(pair.shared[:FREQUENT, 1], min(wanted, TEXTS))
-    prompts = [[*bos, int(first)] for first in firsts]
+    prompts = [[*pair.student.bos_ids, int(first)] for first in firsts]
     generator = torch.Generator(base.device).manual_seed(random_seed)
     top_k = train[0].targets.top_ids.shape[1]
     training = {module: module.training for module in base.modules()}

@@ -9,13 +9,15 @@ import pytest
 from crosslora.config import Synthesis
 from crosslora.teacher.engine import Generation, Sampling
 from crosslora.teacher.prompts import TURNED, SeedPrompts, SelfPrompts
-from crosslora.teacher.turned import CANDIDATES, END, TurnedAnswers
+from crosslora.teacher.turned import CANDIDATES, ENDS, TurnedAnswers
 from crosslora.text.templates import ChatFormat
 from crosslora.text.vocabulary import Vocabulary
 from tests.tiny import byte_level_tokenizer
 
 CHAT = ChatFormat(byte_level_tokenizer())
 WORDS = Vocabulary(CHAT.tokenizer)
+
+END = ENDS[0]
 
 
 class ByHand:
@@ -138,6 +140,43 @@ def test_like_answers_count_once() -> None:
     give = [same.format("red"), same.format("tan"), "something else altogether"]
     turned = TurnedAnswers(ByHand(give, echo, echo), WORDS, CHAT, Synthesis())
     assert turned._given_away(8) == [give[0], give[2]]
+
+
+def test_answers_of_one_format_are_not_alike() -> None:
+    give = [f"The answer is {letter}." for letter in "ABCD"]
+    turned = TurnedAnswers(ByHand(give, echo, echo), WORDS, CHAT, Synthesis())
+    assert sorted(turned._given_away(40)) == give
+
+
+def test_examples_may_hold_the_mark_that_ends_them() -> None:
+    shown: list[str] = []
+
+    def write(text: str) -> str:
+        shown.append(text)
+        return f"### Task: sing\n{ENDS[1]}"
+
+    turned = TurnedAnswers(ByHand(["la"], echo, write), WORDS, CHAT, Synthesis(), ["### Task: hum"])
+    assert turned.prompts(1) == ["### Task: sing"]
+    assert shown[0] == f"Data: an answer\nUser said: ### Task: hum\n{ENDS[1]}\nData: la\nUser said:"
+
+
+def test_long_examples_are_shown() -> None:
+    shown: list[str] = []
+    seed = "carry this out with care: " + "word " * 100
+
+    def write(text: str) -> str:
+        shown.append(text)
+        return f"a request\n{END}"
+
+    settings = Synthesis(max_prompt_tokens=32, max_response_tokens=64)
+    turned = TurnedAnswers(ByHand(["la"], echo, write), WORDS, CHAT, settings, [seed])
+    assert turned.prompts(1) == ["a request"] and all(seed in text for text in shown)
+
+
+def test_where_examples_nearly_repeat_their_answers_requests_may() -> None:
+    punctuate = ByHand(["Well, go."], lambda prompt: "Hi, you.", lambda shown: f"well go\n{END}")
+    assert TurnedAnswers(punctuate, WORDS, CHAT, Synthesis()).prompts(1) == []
+    assert TurnedAnswers(punctuate, WORDS, CHAT, Synthesis(), ["hi you"]).prompts(1) == ["well go"]
 
 
 def test_two_labels_give_as_many_prompts_as_are_wanted() -> None:
