@@ -155,9 +155,16 @@ def test_done_work_is_not_done_again(config: Config, run: Path) -> None:
 
 
 def test_changed_inputs_are_refused_with_the_difference(config: Config, run: Path) -> None:
+    before = (run / "run.json").read_bytes()
     fewer = config.model_copy(update={"fit": config.fit.model_copy(update={"steps": 13})})
     with pytest.raises(UserError, match=r"fit\.steps: 60 -> 13.*--redo fit"):
         crosslora.transfer(fewer)
+    settings = config.synthesis.model_copy(update={"response_temperature": 0.123})
+    other_corpus = config.model_copy(update={"synthesis": settings})
+    with pytest.raises(UserError, match=r"response_temperature.*--redo synthesize"):
+        crosslora.transfer(other_corpus, redo="fit")
+    assert (run / "run.json").read_bytes() == before
+    assert set(stage_states(RunFolder.open(str(run))).values()) == {"done"}
 
 
 @pytest.mark.slow
