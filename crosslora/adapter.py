@@ -87,6 +87,7 @@ def write_adapter(
     folder: str | Path,
     factors: Mapping[str, LoraFactors],
     base_model_name_or_path: str,
+    revision: str | None = None,
 ) -> None:
     """Write a plain PEFT LoRA folder, then reopen it and compare it with `factors`.
 
@@ -97,7 +98,7 @@ def write_adapter(
     path = Path(folder)
     _check_values(path, factors, "the fit diverged or did nothing, so check its learning rate and steps")
     tensors = _tensors(factors)
-    config = json.dumps(_config(factors, base_model_name_or_path), indent=2, sort_keys=True)
+    config = json.dumps(_config(factors, base_model_name_or_path, revision), indent=2, sort_keys=True)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with (
@@ -129,7 +130,9 @@ def _tensors(factors: Mapping[str, LoraFactors]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _config(factors: Mapping[str, LoraFactors], base_model_name_or_path: str) -> dict[str, object]:
+def _config(
+    factors: Mapping[str, LoraFactors], base_model_name_or_path: str, revision: str | None
+) -> dict[str, object]:
     """The fields of adapter_config.json as PEFT itself writes them, but in a fixed order.
 
     Modules are named by their full path: a suffix such as q_proj would also catch layers without factors, and
@@ -139,6 +142,7 @@ def _config(factors: Mapping[str, LoraFactors], base_model_name_or_path: str) ->
     others = {f"^{re.escape(module)}": pair.rank for module, pair in factors.items() if pair.rank != rank}
     config = LoraConfig(
         base_model_name_or_path=base_model_name_or_path,
+        revision=revision,
         task_type="CAUSAL_LM",
         inference_mode=True,
         r=rank,

@@ -60,6 +60,7 @@ class LoraSettings:
 
     file: Path
     base_model_name_or_path: str
+    revision: str | None
     r: int
     alpha: float
     use_rslora: bool
@@ -88,6 +89,7 @@ def read_settings(folder: Path) -> LoraSettings:
     return LoraSettings(
         file=file,
         base_model_name_or_path=config.get("base_model_name_or_path") or "",
+        revision=None if config.get("revision") in ("", "main") else config.get("revision"),
         r=config["r"],
         alpha=config["lora_alpha"],
         use_rslora=bool(config.get("use_rslora")),

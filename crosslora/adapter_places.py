@@ -30,12 +30,12 @@ class Found:
     folder: Path
 
     @property
-    def base(self) -> str:
-        """The base that it names; raises UserError where it names none."""
-        base = read_settings(self.folder).base_model_name_or_path
-        if not base:
+    def base(self) -> Base:
+        """The base that it names, and its revision; raises UserError where it names none."""
+        settings = read_settings(self.folder)
+        if not settings.base_model_name_or_path:
             raise UserError(f"{self.name}: its {CONFIG_FILE} names no base; give --base")
-        return base
+        return Base(base=settings.base_model_name_or_path, revision=settings.revision)
 
     @property
     def format(self) -> str:
@@ -92,11 +92,12 @@ class Places:
         return found
 
 
-def common_base(found: Sequence[Found]) -> str:
+def common_base(found: Sequence[Found]) -> Base:
     """The base that all adapters name; raises UserError where they differ."""
-    bases = sorted({adapter.base for adapter in found})
+    bases = list(dict.fromkeys(adapter.base for adapter in found))
     if len(bases) > 1:
-        raise UserError(f"the adapters belong to different bases ({', '.join(bases)}); serve them apart")
+        names = sorted(base.full_name for base in bases)
+        raise UserError(f"the adapters belong to different bases ({', '.join(names)}); serve them apart")
     return bases[0]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from crosslora.adapter_config import CONFIG_FILE
 from crosslora.adapter_header import WEIGHTS_FILE
 from crosslora.adapter_places import TOKENIZER, Found, Places, check_same_format, state_of
+from crosslora.config import Base
 from crosslora.errors import UserError
 from crosslora.run_folder import RunFolder
 from crosslora.vllm_settings import lora_options
@@ -25,7 +26,7 @@ class Rules:
 
     model: str
     """Name of the base, which no adapter may have."""
-    base: str | None
+    base: Base | None
     """What an adapter must name as its base; None takes any."""
     format: str | None
     """Digest of tokenizer and chat template that adapters must share; all are served with those. None: with the base's."""
@@ -41,7 +42,9 @@ class Rules:
         if self.format is not None:
             check_same_format(adapter, self.format)
         if self.base is not None and adapter.base != self.base:
-            raise UserError(f"it belongs to {adapter.base}, served is {self.base}; serve it apart")
+            raise UserError(
+                f"it belongs to {adapter.base.full_name}, served is {self.base.full_name}; serve it apart"
+            )
         needed = lora_options([adapter.folder])
         rank, modules = self.lora.get("max_lora_rank", 0), self.lora.get("lora_target_modules", [])
         if needed["max_lora_rank"] > rank or not set(needed["lora_target_modules"]) <= set(modules):

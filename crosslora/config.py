@@ -35,6 +35,10 @@ class Base(_Section):
         """What an endpoint calls it."""
         return Path(self.base).name.removesuffix(".gguf")
 
+    @property
+    def full_name(self) -> str:
+        return f"{self.base}@{self.revision}" if self.revision else self.base
+
 
 class AdapterSource(_Section):
     name: str

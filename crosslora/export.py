@@ -56,7 +56,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "FOLDER")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"{revision}), "FOLDER")
 chat = tokenizer.apply_chat_template([{{"role": "user", "content": "..."}}], tokenize=False, add_generation_prompt=True)
 ids = tokenizer(chat, add_special_tokens=False, return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=96, eos_token_id=tokenizer.eos_token_id)[0]))
@@ -77,7 +77,7 @@ def export(
     identity = target_identity(config.target)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_adapter(folder, projection.lora_factors(), config.target.base)
+        write_adapter(folder, projection.lora_factors(), config.target.base, config.target.revision)
         check_fits_base(folder, resolve(config.target))
         check_acts(folder, resolve(config.target), config.fit.dtype, pair.student.prompt_ids(PROBE))
         exported_tokenizer(pair.student).save_pretrained(folder)
@@ -145,6 +145,7 @@ def _card(
 ) -> str:
     return CARD.format(
         base=config.target.base,
+        revision=f', revision="{config.target.revision}"' if config.target.revision else "",
         base_name=Path(config.target.base).name,
         name=adapter.name,
         version=__version__,

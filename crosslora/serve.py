@@ -121,8 +121,8 @@ def models(settings: Settings) -> list[Model]:
     with tempfile.TemporaryDirectory() as temporary:
         places = Places(tuple(settings.places))
         found = places.find(Path(temporary) / "found")
-        base = Base(base=settings.base or common_base(found))
-        named = None if settings.base else base.base
+        base = Base(base=settings.base) if settings.base else common_base(found)
+        named = None if settings.base else base
         served = [_model(settings, base, base.name, places, found, named, found[0].format)]
         if settings.teacher:
             source = common_source(settings.places)
@@ -144,7 +144,7 @@ def _model(
     name: str,
     places: Places,
     found: Sequence[Found],
-    named: str | None,
+    named: Base | None,
     format: str | None,
 ) -> Model:
     rules = Rules(name, named, format, serving.limits([a.folder for a in found]))

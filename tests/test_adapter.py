@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from crosslora import adapter, adapter_config
 from crosslora.adapter import LoraFactors, check_written, read_adapter, write_adapter
+from crosslora.adapter_config import read_settings
 from crosslora.adapter_header import read_header
 from crosslora.errors import UserError
 
@@ -125,10 +126,12 @@ def test_peft_loads_what_is_written(ranks: dict[str, int]) -> None:
         warnings.simplefilter(
             "error"
         )  # an unknown field, a missing tensor or an unmatched pattern would warn
-        write_adapter(folder, factors, "some/base")
+        write_adapter(folder, factors, "some/base", "abc")
         model: Any = PeftModel.from_pretrained(tiny_llama(), folder).eval()
         again = read_adapter(folder)
     assert peft_updates(model).keys() == factors.keys()
+    settings = read_settings(folder)
+    assert (settings.base_model_name_or_path, settings.revision) == ("some/base", "abc")
     merged = tiny_llama()
     for name, pair in factors.items():
         merged.get_submodule(name).weight.data += pair.B @ pair.A

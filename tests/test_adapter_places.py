@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from crosslora.adapter_places import Found, Places, common_base, keep_source
-from crosslora.config import AdapterSource
+from crosslora.config import AdapterSource, Base
 from crosslora.errors import UserError
 from crosslora.run_folder import RunFolder
 from tests.tiny import tiny_llama, tiny_lora
@@ -113,6 +113,11 @@ def test_one_engine_has_one_chat_template_and_one_base(base: Path, tmp_path: Pat
     names = [str(place) for place in places]
     with pytest.raises(UserError, match="belong to different bases"):
         common_base(find_adapters(names, tmp_path / "copies"))
+    (places[1] / "adapter_config.json").write_text(json.dumps({**header, "revision": "abc"}))
+    with pytest.raises(UserError, match=rf"belong to different bases \({base}, {base}@abc\)"):
+        common_base(find_adapters(names, tmp_path / "copies"))
+    (places[1] / "adapter_config.json").write_text(json.dumps({**header, "revision": "main"}))
+    assert common_base(find_adapters(names, tmp_path / "copies")) == Base(base=str(base))
     (places[1] / "chat_template.jinja").write_text("{{ messages[0].content }}")
     with pytest.raises(UserError, match="two was fitted with another tokenizer or chat template"):
         find_adapters(names, tmp_path / "more copies")
