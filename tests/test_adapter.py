@@ -130,8 +130,8 @@ def test_peft_loads_what_is_written(ranks: dict[str, int]) -> None:
         model: Any = PeftModel.from_pretrained(tiny_llama(), folder).eval()
         again = read_adapter(folder)
     assert peft_updates(model).keys() == factors.keys()
-    settings = read_settings(folder)
-    assert (settings.base_model_name_or_path, settings.revision) == ("some/base", "abc")
+    written = read_settings(Path(folder))
+    assert (written.base_model_name_or_path, written.revision) == ("some/base", "abc")
     merged = tiny_llama()
     for name, pair in factors.items():
         merged.get_submodule(name).weight.data += pair.B @ pair.A
