@@ -128,9 +128,8 @@ def test_peft_loads_what_is_written(ranks: dict[str, int]) -> None:
         )  # an unknown field, a missing tensor or an unmatched pattern would warn
         write_adapter(folder, factors, "some/base", "abc")
         model: Any = PeftModel.from_pretrained(tiny_llama(), folder).eval()
-        again = read_adapter(folder)
+        again, written = read_adapter(folder), read_settings(Path(folder))
     assert peft_updates(model).keys() == factors.keys()
-    written = read_settings(Path(folder))
     assert (written.base_model_name_or_path, written.revision) == ("some/base", "abc")
     merged = tiny_llama()
     for name, pair in factors.items():
