@@ -64,7 +64,11 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Of the adapter that the method makes."""
+        """Of the adapter that the method makes. Tasks of the same rows have one oracle."""
+        if self.method == "oracle":
+            return (
+                WORK / "adapters" / self.direction / self.setting.rows.__name__ / f"oracle-{self.random_seed}"
+            )
         return WORK / "adapters" / self.name
 
     @property

@@ -94,6 +94,14 @@ def test_gains_are_ratios_of_means_over_random_seeds(tmp_path: Path, monkeypatch
     assert "without_verbatim" not in rows["oracle"]
 
 
+def test_tasks_of_the_same_rows_have_one_oracle() -> None:
+    whole, completions = (
+        Cell("smollm2-gemma3", task, "oracle", 1) for task in ("snips", "snips-completions")
+    )
+    assert whole.folder == completions.folder
+    assert whole.folder != Cell("smollm2-gemma3", "facts", "oracle", 1).folder
+
+
 def test_committed_cells_are_what_they_say() -> None:
     files = list(RESULTS.rglob("*.json"))
     assert files
