@@ -35,67 +35,41 @@ class Strategy(Protocol):
 class SelfPrompts:
     """The teacher continues what its template writes before a user turn, and so writes the user's prompt itself.
 
-    Xu et al., "Magpie: Alignment Data Synthesis from Scratch" (2024), here with the adapter on. Where it writes answers
-    instead, these are turned round.
+    Xu et al., "Magpie: Alignment Data Synthesis from Scratch" (2024), here with the adapter on.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        words: Vocabulary,
-        chat: ChatFormat,
-        settings: Synthesis,
-        turned: TurnedAnswers,
-    ) -> None:
+    name = "self"
+
+    def __init__(self, engine: Engine, words: Vocabulary, chat: ChatFormat, settings: Synthesis) -> None:
         if not chat.pre_query_ids:
             raise UserError(
                 "synthesis.prompts.self: the chat template writes nothing before the user's text, so the teacher has "
                 "nothing to go on from; give prompts_file or seeds_file and its weight, and set self to 0"
             )
-        self._engine, self._words, self._chat, self._turned = engine, words, chat, turned
+        self._engine, self._words, self._chat = engine, words, chat
         self._sampling = _prompt_sampling(chat, settings)
 
-    @property
-    def name(self) -> str:
-        return TURNED if self._turned.are_answers else "self"
-
     def prompts(self, count: int, shard: int) -> list[str]:
-        if self._turned.are_answers:
-            return self._turned.prompts(count)
         generations = self._engine.generate([self._chat.pre_query_ids] * count, self._sampling, adapter=True)
         return turns(generations, self._words, self._chat)
 
 
 class SeedPrompts:
-    """The source base alone goes on after a few seed examples, each shown as a user turn.
+    """The source base alone goes on after a few seed examples, each shown as a user turn."""
 
-    Where the teacher gives its answers away, the examples show how these are turned round instead: a small base goes
-    on after five requests with what its own prose would be about.
-    """
+    name = "seeds"
 
     def __init__(
-        self,
-        engine: Engine,
-        words: Vocabulary,
-        chat: ChatFormat,
-        settings: Synthesis,
-        turned: TurnedAnswers,
-        seeds: list[str],
+        self, engine: Engine, words: Vocabulary, chat: ChatFormat, settings: Synthesis, seeds: list[str]
     ) -> None:
-        self._engine, self._words, self._chat, self._turned = engine, words, chat, turned
+        self._engine, self._words, self._chat = engine, words, chat
         self._seeds = seeds
         self._sampling = _prompt_sampling(chat, settings)
         self._random_seed = settings.random_seed
         free = [mark for mark in SEPARATORS if not any(mark in seed for seed in seeds)]
         self._separator = free[0] if free else SEPARATORS[-1]
 
-    @property
-    def name(self) -> str:
-        return TURNED if self._turned.are_answers else "seeds"
-
     def prompts(self, count: int, shard: int) -> list[str]:
-        if self._turned.are_answers:
-            return self._turned.prompts(count)
         chooser = random.Random(f"{self._random_seed}/{shard}")
         shown = [self._demonstrations(chooser) for _ in range(count)]
         generations = self._engine.generate(shown, self._sampling, adapter=False)
@@ -116,6 +90,22 @@ class SeedPrompts:
             *self._chat.pre_query_ids,
             *self._words.encode("".join(seed + self._separator for seed in chosen)),
         ]
+
+
+class UnlessAnswers:
+    """What a strategy writes; where the teacher gives its answers away, requests for these in its place."""
+
+    def __init__(self, strategy: Strategy, turned: TurnedAnswers) -> None:
+        self._strategy, self._turned = strategy, turned
+
+    @property
+    def name(self) -> str:
+        return TURNED if self._turned.are_answers else self._strategy.name
+
+    def prompts(self, count: int, shard: int) -> list[str]:
+        if self._turned.are_answers:
+            return self._turned.prompts(count)
+        return self._strategy.prompts(count, shard)
 
 
 class FilePrompts:
@@ -165,9 +155,11 @@ def build_strategies(
     seeds = read_prompts(wanted.seeds_file, "seeds_file") if wanted.seeds > 0 and wanted.seeds_file else []
     turned = TurnedAnswers(engine, words, chat, settings, seeds)
     if wanted.self > 0:
-        chosen.append((wanted.self, SelfPrompts(engine, words, chat, settings, turned)))
+        own = SelfPrompts(engine, words, chat, settings)
+        chosen.append((wanted.self, UnlessAnswers(own, turned)))
     if seeds:
-        chosen.append((wanted.seeds, SeedPrompts(engine, words, chat, settings, turned, seeds)))
+        continued = SeedPrompts(engine, words, chat, settings, seeds)
+        chosen.append((wanted.seeds, UnlessAnswers(continued, turned)))
     if wanted.file > 0 and wanted.prompts_file:
         prompts = read_prompts(wanted.prompts_file, "prompts_file")
         per_shard = counts(

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from crosslora.errors import UserError
 from crosslora.teacher.engine import Generation
 from crosslora.teacher.prompts import FilePrompts, SeedPrompts, build_strategies, counts, read_prompts
 from crosslora.teacher.synthesize import max_len
-from crosslora.teacher.turned import TurnedAnswers
 from crosslora.text.templates import PLAIN_TEMPLATE, ChatFormat
 from crosslora.text.vocabulary import Vocabulary
 from tests.tiny import byte_level_tokenizer
@@ -79,10 +77,7 @@ def test_seeds_with_blank_lines_stay_whole() -> None:
     chat = ChatFormat(byte_level_tokenizer())
     words = Vocabulary(chat.tokenizer)
     seeds = ["Read this.\n\nQuestion: 1", "Read this.\n\nQuestion: 1"]
-    engine: Any = Writer(words)
-    turned = TurnedAnswers(engine, words, chat, Synthesis())
-    turned.are_answers = False
-    strategy = SeedPrompts(engine, words, chat, Synthesis(), turned, seeds)
+    strategy = SeedPrompts(Writer(words), words, chat, Synthesis(), seeds)  # type: ignore[arg-type]
     assert strategy.prompts(2, 0) == ["Read this.\n\nQuestion: 3"] * 2
 
 

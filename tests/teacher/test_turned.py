@@ -8,7 +8,7 @@ import pytest
 
 from crosslora.config import Synthesis
 from crosslora.teacher.engine import Generation, Sampling
-from crosslora.teacher.prompts import TURNED, SeedPrompts, SelfPrompts
+from crosslora.teacher.prompts import TURNED, SeedPrompts, SelfPrompts, UnlessAnswers
 from crosslora.teacher.turned import CANDIDATES, ENDS, TurnedAnswers
 from crosslora.text.templates import ChatFormat
 from crosslora.text.vocabulary import Vocabulary
@@ -85,11 +85,16 @@ def test_nothing_is_concluded_from_texts_that_do_not_end() -> None:
 def test_prompts_stay_and_answers_are_turned_round() -> None:
     engine = ByHand(["play some jazz now"], echo, lambda shown: f"a request\n{END}\nData: more")
     engine.effects = {True: 0.0, False: 1.0}
-    strategy = SelfPrompts(engine, WORDS, CHAT, Synthesis(), TurnedAnswers(engine, WORDS, CHAT, Synthesis()))
+    strategy = _own(engine)
     assert strategy.prompts(3, 0) == ["play some jazz now"] * 3 and strategy.name == "self"
     engine.effects = {True: 1.0, False: 0.0}
-    strategy = SelfPrompts(engine, WORDS, CHAT, Synthesis(), TurnedAnswers(engine, WORDS, CHAT, Synthesis()))
+    strategy = _own(engine)
     assert strategy.prompts(3, 0) == ["a request"] and strategy.name == TURNED
+
+
+def _own(engine: ByHand) -> UnlessAnswers:
+    turned = TurnedAnswers(engine, WORDS, CHAT, Synthesis())
+    return UnlessAnswers(SelfPrompts(engine, WORDS, CHAT, Synthesis()), turned)
 
 
 def test_seed_examples_show_how_answers_are_turned_round() -> None:
@@ -101,8 +106,9 @@ def test_seed_examples_show_how_answers_are_turned_round() -> None:
 
     engine = ByHand(["the given answer"], lambda prompt: "on" if "lamp" in prompt else "and on " * 400, write)
     engine.effects = {True: 1.0, False: 0.0}
-    turned = TurnedAnswers(engine, WORDS, CHAT, Synthesis(), ["light the lamp", "this never ends"])
-    strategy = SeedPrompts(engine, WORDS, CHAT, Synthesis(), turned, ["light the lamp", "this never ends"])
+    seeds = ["light the lamp", "this never ends"]
+    turned = TurnedAnswers(engine, WORDS, CHAT, Synthesis(), seeds)
+    strategy = UnlessAnswers(SeedPrompts(engine, WORDS, CHAT, Synthesis(), seeds), turned)
     assert strategy.prompts(1, 0) == ["a request"] and strategy.name == TURNED
     assert all(
         text == f"Data: on\nUser said: light the lamp\n{END}\nData: the given answer\nUser said:"
