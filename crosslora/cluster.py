@@ -7,12 +7,15 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crosslora.config import Cluster, Config
 from crosslora.errors import UserError
+
+if TYPE_CHECKING:  # Ray takes a second to import
+    from ray.util.placement_group import PlacementGroup
 
 OBJECT_STORE_BYTES = 512 << 20
 """Enough for a shard in flight; Ray's own default takes a third of the memory."""
@@ -26,6 +29,14 @@ KEEP_FREED_MEMORY = {
 again, zeroed. A fit worker spent most of its time there, vLLM a tenth."""
 LARGE_BLOCK = 32 << 20
 """Bytes."""
+SECONDS_BETWEEN_LOOKS = 1.0
+LESS = (
+    "synthesis.engines, synthesis.tensor_parallel, fit.workers, cluster.gpus_per_*; of `serve` --replicas, --gpus, "
+    "--threads"
+)
+"""Settings that say how much is asked for."""
+Bundle = dict[str, float]
+"""Amounts of CPU and GPU that lie on one node."""
 _started_here = False
 """Whether the cluster lives in this process: then it never gets more nodes."""
 
@@ -90,57 +101,96 @@ def cpus_per_share(shares: int) -> int:
     return next((c for c in range(max(nodes, default=0), 1, -1) if sum(n // c for n in nodes) >= shares), 1)
 
 
-def cpus_beside(gpus: float, shares: int) -> int:
-    """CPUs of a process with `gpus` of which there are `shares`: one drives a GPU, without one it gets its share."""
-    return 1 if gpus else cpus_per_share(shares)
+def bundle(gpus: float, shares: int) -> Bundle:
+    """Of a process of which there are `shares`: one CPU drives its GPUs, without them it gets its share of the CPUs."""
+    return {"CPU": 1, "GPU": gpus} if gpus else {"CPU": cpus_per_share(shares)}
 
 
-def require(bundle: dict[str, float], count: int, stage: str, wait_seconds: float) -> None:
-    """Wait until the nodes hold `count` times `bundle` (CPU, GPU), each on one node; an autoscaler is asked for them.
+def require(wanted: Bundle, count: int, stage: str, wait_seconds: float) -> None:
+    """Wait until `count` times `wanted` are free, each on one node; an autoscaler is asked for them.
 
     Raises UserError that says needed against available.
     """
-    import ray
     from ray.autoscaler.sdk import request_resources
 
-    bundle = {name: amount for name, amount in bundle.items() if amount}
     deadline = time.monotonic() + wait_seconds
     try:
-        while (held := _held(bundle)) < count and time.monotonic() < deadline and not _started_here:
-            # again and again: the cluster keeps one request, of whoever was last
-            request_resources(bundles=[bundle] * count)
-            time.sleep(2)
+        while _held(wanted, _free()) < count and time.monotonic() < deadline:
+            if _started_here:
+                _refuse_unless_held(wanted, count, stage)  # it never gets more nodes
+            else:  # again and again: the cluster keeps one request, of whoever was last
+                request_resources(bundles=[wanted] * count)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
     finally:
-        if not _started_here and wait_seconds:
+        if not _started_here:
             request_resources(bundles=[])  # what the stage starts is its own demand
-    if held < count:
-        have = _amounts({name: ray.cluster_resources().get(name, 0) for name in bundle})
+    _refuse_unless_held(wanted, count, stage)
+    if (free := _held(wanted, _free())) < count:
         raise UserError(
-            f"cluster: {stage} needs {count} times {_amounts(bundle)}, each on one node, and the Ray cluster holds "
-            f"{held} of these ({have} in all); add nodes, or ask for less (synthesis.engines, "
-            "synthesis.tensor_parallel, fit.workers, cluster.gpus_per_*; of `serve` --replicas, --gpus, --threads)"
+            f"cluster: {stage} waited {wait_seconds:g} s for {count} times {_amounts(wanted)}, each on one node; {free} "
+            "of these are free, the rest is in use by others (`ray status` shows it); end what else runs there, raise "
+            f"cluster.wait_seconds, or ask for less ({LESS})"
+        )
+
+
+def _refuse_unless_held(wanted: Bundle, count: int, stage: str) -> None:
+    """Raise UserError where the nodes would not do even if nothing else ran."""
+    import ray
+
+    if (held := _held(wanted, _nodes())) < count:
+        have = _amounts({name: ray.cluster_resources().get(name, 0) for name in wanted})
+        raise UserError(
+            f"cluster: {stage} needs {count} times {_amounts(wanted)}, each on one node, and the Ray cluster holds "
+            f"{held} of these ({have} in all); add nodes, or ask for less ({LESS})"
         )
 
 
 def check(config: Config) -> None:
     """Raise UserError where the connected cluster, as it is now, cannot hold a stage of the transfer."""
-    engine = config.synthesis.tensor_parallel * config.cluster.gpus_per_engine
-    for stage, count, gpus in (
-        ("synthesize", config.synthesis.engines, engine),
-        ("fit", config.fit.workers, config.cluster.gpus_per_worker),
-        ("evaluate", 1, engine),
+    parallel = config.synthesis
+    engine = parallel.tensor_parallel * config.cluster.gpus_per_engine
+    for stage, count, bundles in (
+        (
+            "synthesize",
+            parallel.engines,
+            engine_bundles(engine, parallel.pipeline_parallel, parallel.engines),
+        ),
+        ("fit", config.fit.workers, [bundle(config.cluster.gpus_per_worker, config.fit.workers)]),
+        ("evaluate", 1, engine_bundles(engine, parallel.pipeline_parallel, 1)),
     ):
-        require({"CPU": cpus_beside(gpus, count), "GPU": gpus}, count, stage, wait_seconds=0)
+        _refuse_unless_held(bundles[0], count * len(bundles), stage)
 
 
-def _held(bundle: dict[str, float]) -> int:
-    """How many times the nodes hold the bundle, when nothing else runs."""
+def engine_bundles(gpus: float, nodes: int, shares: int) -> list[Bundle]:
+    """The placement group of a vLLM engine, one of `shares`: `gpus` of one node; or, with so many of each of several
+    nodes, a bundle for every GPU, as vLLM's workers on Ray want it."""
+    return [bundle(gpus, shares)] if nodes == 1 else [bundle(1, shares)] * int(gpus * nodes)
+
+
+def is_placed(group: PlacementGroup) -> bool:
+    """Whether nodes hold all of it now."""
+    from ray.util.placement_group import placement_group_table
+
+    return bool(placement_group_table(group)["state"] == "CREATED")
+
+
+def _held(wanted: Bundle, nodes: Iterable[Bundle]) -> int:
+    """How many times the nodes hold what is wanted."""
+    return sum(
+        min(int(node.get(name, 0) / amount + 1e-9) for name, amount in wanted.items()) for node in nodes
+    )
+
+
+def _nodes() -> list[Bundle]:
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(
-        min(int(node.get(name, 0) / amount + 1e-9) for name, amount in bundle.items()) for node in nodes
-    )
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _free() -> list[Bundle]:
+    from ray._private.state import available_resources_per_node  # Ray's public call has only their sum
+
+    return list(available_resources_per_node().values())
 
 
 def _amounts(resources: dict[str, float]) -> str:

@@ -106,7 +106,9 @@ class Synthesis(_Section):
     engines: int = Field(1, ge=1)
     """Engines that run side by side, each a Ray actor."""
     tensor_parallel: int = Field(1, ge=1)
-    """GPUs per engine."""
+    """GPUs of one node over which every layer of an engine is spread."""
+    pipeline_parallel: int = Field(1, ge=1)
+    """Nodes over which the layers are spread, for a base that does not fit into one. GPUs per engine: the product."""
     shard_size: int = Field(600, ge=8)
     """Samples per shard: what a failure loses at most, per engine."""
     random_seed: int = Field(0, ge=0)
@@ -240,8 +242,9 @@ class Config(_Section):
             raise ValueError(
                 f"fit.batch_size: {self.fit.batch_size} does not divide into workers x micro_batches = {share}"
             )
-        if self.synthesis.tensor_parallel > 1 and self.cluster.gpus_per_engine == 0:
-            raise ValueError("synthesis.tensor_parallel: needs GPUs; set cluster.gpus_per_engine: 1")
+        for name in ("tensor_parallel", "pipeline_parallel"):
+            if getattr(self.synthesis, name) > 1 and self.cluster.gpus_per_engine == 0:
+                raise ValueError(f"synthesis.{name}: needs GPUs; set cluster.gpus_per_engine: 1")
         return self
 
 

@@ -73,7 +73,9 @@ class Settings(BaseModel):
 
     @property
     def resources(self) -> Resources:
-        return Resources(self.gpus, self.threads, self.replicas, self.autoscaling)
+        return Resources(
+            num_gpus=self.gpus, threads=self.threads, replicas=self.replicas, autoscaling=self.autoscaling
+        )
 
 
 def settings(autoscaling: str | None, **given: Any) -> Settings:

@@ -25,7 +25,7 @@ from crosslora.errors import UserError
 from crosslora.models import resolve
 from crosslora.replica import MAX_SEQUENCES, BesideEngine, FrontEngine
 from crosslora.shelf import REFUSED, Shelf
-from crosslora.vllm_settings import environment, lora_options
+from crosslora.vllm_settings import environment, lora_options, parallel_options
 
 CPU_BATCHED_TOKENS = 512
 """Tokens per step on CPU: logprobs of a prompt take positions x vocabulary floats (0.5 GB at 262k entries)."""
@@ -64,6 +64,9 @@ class Resources:
     """What every replica of every engine gets, and how many there are."""
 
     num_gpus: float = 0
+    """On one node."""
+    nodes: int = 1
+    """Over which the layers of a base are spread, with `num_gpus` of each."""
     threads: int | None = None
     """CPUs where there is no GPU; None gives each engine an equal share of all."""
     replicas: int = 1
@@ -114,15 +117,7 @@ def build(
 
     `lifeline` and `board` belong to the program that starts it here, ends it, and has the places on its own disk.
     """
-    cpus = _cpus(resources, len(models))
-    actor = {
-        "num_cpus": cpus,
-        "num_gpus": resources.num_gpus,
-        "runtime_env": {"env_vars": environment(cpus, resources.num_gpus)},
-    }
-    scale: dict[str, Any] = {"num_replicas": resources.replicas}
-    if resources.autoscaling is not None:
-        scale = {"autoscaling_config": resources.autoscaling}
+    options = _replica_options(resources, len(models))
     beside = None
     for number, model in reversed([*enumerate(models)]):
         shelf: Any = Shelf
@@ -131,13 +126,33 @@ def build(
             ray_actor_options={"num_cpus": 0, "resources": cluster.this_node() if lifeline else {}},
         ).bind(model.places, model.rules, board)
         kind: Any = BesideEngine if number else FrontEngine
-        engine = kind.options(name=f"vllm-{number}", ray_actor_options=actor, **scale)
-        arguments = [_vllm_options(model, resources.num_gpus, api_key), shelf, lifeline]
+        engine = kind.options(name=f"vllm-{number}", **options)
+        arguments = [_vllm_options(model, resources, api_key), shelf, lifeline]
         beside = engine.bind(*arguments) if number else engine.bind(*arguments, beside)
     return beside
 
 
-def _vllm_options(model: Model, num_gpus: float, api_key: str | None) -> dict[str, Any]:
+def _replica_options(resources: Resources, engines: int) -> dict[str, Any]:
+    """How many replicas Ray Serve starts of each engine, and what it gives them."""
+    bundles = _bundles(resources, engines)
+    cpus = int(bundles[0]["CPU"])
+    actor = {
+        "num_cpus": cpus,
+        "num_gpus": resources.num_gpus if len(bundles) == 1 else 0,  # else its workers have them
+        "runtime_env": {"env_vars": environment(cpus, resources.num_gpus)},
+    }
+    options: dict[str, Any] = {"num_replicas": resources.replicas}
+    if resources.autoscaling is not None:
+        options = {"autoscaling_config": resources.autoscaling}
+    return {
+        "ray_actor_options": actor,
+        "placement_group_bundles": bundles,
+        "placement_group_strategy": "PACK",
+        **options,
+    }
+
+
+def _vllm_options(model: Model, resources: Resources, api_key: str | None) -> dict[str, Any]:
     """Of vLLM's command line."""
     return {
         "model": model.base,
@@ -149,14 +164,14 @@ def _vllm_options(model: Model, num_gpus: float, api_key: str | None) -> dict[st
         "disable_log_stats": True,
         "api_key": [api_key] if api_key else None,
         "worker_extension_cls": "crosslora.vllm_worker.EndsWithReplica",
-        **_device_options(num_gpus),
+        **_device_options(resources),
         **model.rules.lora,
     }
 
 
-def _device_options(num_gpus: float) -> dict[str, Any]:
-    if num_gpus:
-        return {"tensor_parallel_size": max(int(num_gpus), 1)}
+def _device_options(resources: Resources) -> dict[str, Any]:
+    if resources.num_gpus:
+        return parallel_options(max(int(resources.num_gpus), 1), resources.nodes)
     return {
         "enforce_eager": True,
         "max_num_batched_tokens": CPU_BATCHED_TOKENS,
@@ -195,13 +210,15 @@ def serve_models(
 
 
 def _require(resources: Resources, engines: int) -> None:
-    bundle = {"CPU": _cpus(resources, engines), "GPU": resources.num_gpus}
-    cluster.require(bundle, resources.at_least * engines, "serving", resources.wait_seconds)
+    bundles = _bundles(resources, engines)
+    count = resources.at_least * engines * len(bundles)
+    cluster.require(bundles[0], count, "serving", resources.wait_seconds)
 
 
-def _cpus(resources: Resources, engines: int) -> int:
-    """Of a replica."""
-    return resources.threads or cluster.cpus_beside(resources.num_gpus, resources.at_most * engines)
+def _bundles(resources: Resources, engines: int) -> list[cluster.Bundle]:
+    """The placement group of a replica."""
+    bundles = cluster.engine_bundles(resources.num_gpus, resources.nodes, resources.at_most * engines)
+    return [{**bundle, "CPU": resources.threads or bundle["CPU"]} for bundle in bundles]
 
 
 @contextmanager

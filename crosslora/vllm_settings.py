@@ -40,6 +40,20 @@ def environment(threads: int, num_gpus: float = 0) -> dict[str, str]:
     return variables
 
 
+def parallel_options(tensor: int, pipeline: int = 1) -> dict[str, Any]:
+    """Arguments of an engine of `tensor` GPUs of each of `pipeline` nodes.
+
+    Its workers are processes on one node, actors on several; in a placement group vLLM by itself takes actors for both.
+    """
+    if tensor * pipeline == 1:
+        return {}
+    return {
+        "tensor_parallel_size": tensor,
+        "pipeline_parallel_size": pipeline,
+        "distributed_executor_backend": "ray" if pipeline > 1 else "mp",
+    }
+
+
 def lora_options(adapter_paths: Iterable[Path]) -> dict[str, Any]:
     """Arguments of a vLLM engine that can run all these adapters in one batch; {} where there is none.
 

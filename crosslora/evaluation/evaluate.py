@@ -193,4 +193,5 @@ def model_of(
 def resources_of(config: Config) -> Resources:
     """What every endpoint of an evaluation is started with."""
     gpus = config.synthesis.tensor_parallel * config.cluster.gpus_per_engine
-    return Resources(num_gpus=gpus, wait_seconds=config.cluster.wait_seconds)
+    nodes = config.synthesis.pipeline_parallel
+    return Resources(num_gpus=gpus, nodes=nodes, wait_seconds=config.cluster.wait_seconds)

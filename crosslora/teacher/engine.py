@@ -67,7 +67,7 @@ class VllmEngine:
         dtype: str,
         max_len: int,
         top_k: int,
-        tensor_parallel: int,
+        parallel: dict[str, Any],
         seed: int,
     ) -> None:
         from vllm import LLM
@@ -86,10 +86,10 @@ class VllmEngine:
             max_num_batched_tokens=2048,
             max_logprobs=max(top_k, 1),
             logprobs_mode="raw_logprobs",
-            tensor_parallel_size=tensor_parallel,
             enforce_eager=not torch.cuda.is_available(),
             disable_log_stats=True,
             seed=seed,
+            **parallel,
             **lora_options([adapter]),
         )
 

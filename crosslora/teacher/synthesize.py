@@ -11,6 +11,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from crosslora import cluster
 from crosslora.adapter import read_adapter, write_adapter
@@ -108,6 +110,8 @@ class Teacher:
 
 
 def _engine(folder: str, adapter: Path, settings: Synthesis, seed: int, max_len: int) -> Engine:
+    from crosslora.vllm_settings import parallel_options
+
     if settings.engine == "transformers":
         return TransformersEngine(folder, adapter, dtype=settings.dtype, seed=seed)
     return VllmEngine(
@@ -116,7 +120,7 @@ def _engine(folder: str, adapter: Path, settings: Synthesis, seed: int, max_len:
         dtype=settings.dtype,
         max_len=max_len,
         top_k=settings.top_k,
-        tensor_parallel=settings.tensor_parallel,
+        parallel=parallel_options(settings.tensor_parallel, settings.pipeline_parallel),
         seed=seed,
     )
 
@@ -182,11 +186,14 @@ class _Foreman:
     ) -> None:
         self.settings, self.stage, self.pending, self.board = config.synthesis, stage, pending, board
         seed = self.settings.random_seed * 1_000_003 + pending[0]  # a resumed run must not repeat what it has
-        actor_class = _actor_class(config, num_engines)
-        self._new_engine = lambda number: actor_class.remote(
+        gpus = self.settings.tensor_parallel * config.cluster.gpus_per_engine
+        self.bundles = cluster.engine_bundles(gpus, self.settings.pipeline_parallel, num_engines)
+        self.wait_seconds = config.cluster.wait_seconds
+        self._new_engine = lambda group, number: _actor_class(group).remote(
             config.source, adapter, self.settings, (seed + 7919 * number) % 2**32, self.board
         )
-        self.actors: list[Any] = []
+        self.groups: dict[Any, PlacementGroup] = {}
+        """Of every engine that was started."""
         self.starting: dict[Any, Any] = {}
         """Reference -> the engine that it says is ready."""
         self.work: dict[Any, tuple[Any, int]] = {}
@@ -200,6 +207,10 @@ class _Foreman:
         """Whether it was said what the teacher writes in the user's place."""
         self.started: float | None = None
         """When the first engine was ready."""
+        self.placed = time.monotonic()
+        """When an engine was last seen that had a place."""
+        count = num_engines * len(self.bundles)
+        cluster.require(self.bundles[0], count, "synthesize", self.wait_seconds)
         for _ in range(num_engines):
             self._start()
 
@@ -207,6 +218,7 @@ class _Foreman:
         while self.work or (self._has_time() and self.pending):
             finished, _ = ray.wait([*self.starting, *self.work], timeout=SECONDS_BETWEEN_LOOKS)
             self._count_answers(meter)
+            self._check_place()
             for reference in finished:
                 if reference in self.starting:
                     self._welcome(reference)
@@ -222,12 +234,25 @@ class _Foreman:
         return round(self.tokens / (time.monotonic() - self.started), 1)
 
     def stop(self) -> None:
-        for actor in self.actors:
-            ray.kill(actor)
+        for actor in [*self.groups]:
+            self._end(actor)
 
     def _start(self) -> None:
-        self.actors.append(actor := self._new_engine(len(self.actors)))
+        group = placement_group(self.bundles, strategy="PACK")
+        actor = self._new_engine(group, len(self.groups))
+        self.groups[actor] = group
         self.starting[actor.ready.remote()] = actor
+
+    def _end(self, actor: Any) -> None:
+        ray.kill(actor)
+        remove_placement_group(self.groups[actor])
+
+    def _check_place(self) -> None:
+        """Raise UserError where no engine is left and the next one has waited for a node too long."""
+        if self.work or self.idle or any(cluster.is_placed(self.groups[a]) for a in self.starting.values()):
+            self.placed = time.monotonic()
+        elif time.monotonic() - self.placed > self.wait_seconds:
+            cluster.require(self.bundles[0], len(self.bundles), "synthesize", wait_seconds=0)
 
     def _has_time(self) -> bool:
         minutes = self.settings.minutes
@@ -283,7 +308,7 @@ class _Foreman:
 
     def _replace(self, lost: Any, when: str, error: Exception) -> None:
         """Start a new engine in place of one that died."""
-        ray.kill(lost)  # it may only be out of reach, and its resources are what the new one needs
+        self._end(lost)  # it may only be out of reach, and its resources are what the new one needs
         self.losses += 1
         self.stage.event("engine_lost", when=when, losses=self.losses)
         if self.losses > MOST_ENGINE_LOSSES:
@@ -298,15 +323,14 @@ def _size(index: int, settings: Synthesis) -> int:
     return min(settings.shard_size, settings.samples - index * settings.shard_size)
 
 
-def _actor_class(config: Config, engines: int) -> Any:
+def _actor_class(group: PlacementGroup) -> Any:
+    """A Teacher in the first bundle; where there are more, each has a GPU for a worker that vLLM starts."""
     from crosslora.vllm_settings import environment
 
-    gpus = config.synthesis.tensor_parallel * config.cluster.gpus_per_engine
-    cpus = cluster.cpus_beside(gpus, engines)
-    cluster.require({"CPU": cpus, "GPU": gpus}, engines, "synthesize", config.cluster.wait_seconds)
+    cpus, gpus = group.bundle_specs[0]["CPU"], group.bundle_specs[0].get("GPU", 0)
     return ray.remote(Teacher).options(
         num_cpus=cpus,
-        num_gpus=gpus,  # of one node: tensor parallelism stays inside it
-        scheduling_strategy="SPREAD",
-        runtime_env={"env_vars": environment(cpus, gpus)},
+        num_gpus=gpus if group.bundle_count == 1 else 0,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+        runtime_env={"env_vars": environment(int(cpus), gpus)},
     )

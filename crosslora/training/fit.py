@@ -68,25 +68,26 @@ def _own_interrupts() -> Iterator[None]:
 def _trainer(config: Config, stage: Stage, job: dict[str, Any]) -> TorchTrainer:
     """Raises UserError where the cluster cannot hold the workers."""
     workers, gpus = config.fit.workers, config.cluster.gpus_per_worker
-    cpus = cluster.cpus_beside(gpus, workers)
-    cluster.require({"CPU": cpus, "GPU": gpus}, workers, "fit", config.cluster.wait_seconds)
+    bundle = cluster.bundle(gpus, workers)
+    cluster.require(bundle, workers, "fit", config.cluster.wait_seconds)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", SECONDS_BETWEEN_CHECKS)
     return TorchTrainer(
         _train,
         train_loop_config=job,
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=scaling(workers, cpus, gpus),
-        run_config=_run_config(config, stage, cpus, "cuda" if gpus else "cpu"),
+        scaling_config=scaling(workers, bundle),
+        run_config=_run_config(config, stage, int(bundle["CPU"]), "cuda" if gpus else "cpu"),
     )
 
 
-def scaling(workers: int, cpus: int, gpus: float) -> ScalingConfig:
+def scaling(workers: int, bundle: cluster.Bundle) -> ScalingConfig:
     """GPUs of one node exchange gradients and shards faster; CPUs of one node share its memory bandwidth."""
+    on_gpu = "GPU" in bundle
     return ScalingConfig(
         num_workers=workers,
-        use_gpu=gpus > 0,
-        resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
-        placement_strategy="PACK" if gpus else "SPREAD",
+        use_gpu=on_gpu,
+        resources_per_worker=bundle,
+        placement_strategy="PACK" if on_gpu else "SPREAD",
     )
 
 

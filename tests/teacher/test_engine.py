@@ -31,7 +31,7 @@ class RemoteVllm:
 
     def __init__(self, base: str, adapter: Path, **options: Any) -> None:
         actor = ray.remote(VllmEngine).options(num_cpus=1, runtime_env={"env_vars": environment(2)})
-        self._actor = actor.remote(base, adapter, tensor_parallel=1, seed=0, **options)
+        self._actor = actor.remote(base, adapter, parallel={}, seed=0, **options)
 
     def generate(self, prompts: Ids, sampling: Sampling, *, adapter: bool) -> list[Generation]:
         result: list[Generation] = ray.get(self._actor.generate.remote(prompts, sampling, adapter=adapter))
