@@ -83,11 +83,15 @@ def settings(point: Point) -> Config:
 
 
 class Peak:
-    """Most resident memory of this process, or most that torch allocated on the GPU, since `start`. Bytes."""
+    """Most resident memory of this process, or most that torch allocated on the GPU, since `start`. Bytes.
 
-    def __init__(self) -> None:
+    Of /proc's fields VmRSS is all of it, RssAnon without pages of files, which the kernel takes back when it wants.
+    """
+
+    def __init__(self, field: str = "VmRSS") -> None:
         gc.collect()
-        self._most = self._first = _resident_bytes()
+        self._field = field
+        self._most = self._first = _resident_bytes(field)
         self._stop = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -99,12 +103,12 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.002):
-            self._most = max(self._most, _resident_bytes())
+            self._most = max(self._most, _resident_bytes(self._field))
 
 
-def _resident_bytes() -> int:
+def _resident_bytes(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def worker(point: Point) -> dict[str, Any]:
@@ -162,30 +166,36 @@ def _rows(count: int, vocabulary: int, device: torch.device) -> Rows:
 
 def run(point: Point) -> list[dict[str, Any]]:
     """What every worker reports."""
+    command = [str(HERE / "memory.py"), "--worker", json.dumps(asdict(point))]
+    return run_workers(command, point.workers, point.zero_stage)
+
+
+def run_workers(command: list[str], workers: int, zero_stage: int) -> list[dict[str, Any]]:
+    """What each of the processes of one group prints last: Python, with the environment of a fit worker."""
     port = free_port("127.0.0.1", 0)
     processes = [
         subprocess.Popen(
-            [sys.executable, HERE / "memory.py", "--worker", json.dumps(asdict(point))],
+            [sys.executable, *command],
             stdout=subprocess.PIPE,
             text=True,
             env={
                 **os.environ,
-                **cluster.fit_environment(point.zero_stage),
-                "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // point.workers, 1)),
+                **cluster.fit_environment(zero_stage),
+                "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // workers, 1)),
                 "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
-                "LOCAL_SIZE": str(point.workers),
-                "WORLD_SIZE": str(point.workers),
+                "LOCAL_SIZE": str(workers),
+                "WORLD_SIZE": str(workers),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             },
         )
-        for rank in range(point.workers)
+        for rank in range(workers)
     ]
     outputs = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
-        raise RuntimeError(f"{point}: a worker failed, see above")
+        raise RuntimeError(f"{command}: a worker failed, see above")
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 

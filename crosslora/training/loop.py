@@ -16,6 +16,7 @@ import deepspeed
 import ray.train
 import torch
 from ray.train import CheckpointConsistencyMode
+from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -107,6 +108,11 @@ def learning_rate(fit: Fit, step: int) -> float:
 
 
 def build_student(config: Config, projection: Projection) -> Student:
+    return Student(load_base(config), projection)
+
+
+def load_base(config: Config) -> PreTrainedModel:
+    """The target base; with ZeRO-3 only this worker's share of it stays. Every worker must call it."""
     keep = None
     if (
         config.fit.zero_stage == 3
@@ -120,7 +126,7 @@ def build_student(config: Config, projection: Projection) -> Student:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for module in base.modules():  # layers that train are computed again; dropout stays off
             module.training = isinstance(module, GradientCheckpointingLayer)
-    return Student(base, projection)
+    return base
 
 
 def build_engine(student: Student, settings: dict[str, Any]) -> Any:

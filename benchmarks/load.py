@@ -1,0 +1,95 @@
+"""Private memory of a fit worker while ZeRO-3 loads its share of a base; writes benchmarks/load.json.
+
+    python -m benchmarks.load
+
+A Llama of 408M random weights, loaded by 1, 2 and 4 workers, each a process. Private is what is no page of a file
+(RssAnon): the most while it loads, less what it was before, the most of all workers. The bound is the share of the weights
+and two of the largest tensor: one that is gathered, and the one that it comes from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.memory import HERE, Peak, run_workers
+from crosslora.config import parse_config
+
+WORKERS = (1, 2, 4)
+SHAPE = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "vocab_size": 49152,
+}
+
+
+def make(folder: str, shape: dict[str, int]) -> tuple[int, int]:
+    """A base of random weights in bfloat16; bytes of all of them and of the largest."""
+    model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False)).bfloat16()
+    model.save_pretrained(folder)
+    sizes = [parameter.nbytes for parameter in model.parameters()]
+    return sum(sizes), max(sizes)
+
+
+def worker(folder: str, workers: int) -> dict[str, int]:
+    """Load as a fit worker does."""
+    import deepspeed
+
+    from crosslora.training.loop import load_base
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+    pair = {"source": {"base": folder}, "target": {"base": folder}, "adapters": [{"name": "a", "path": "a"}]}
+    fit = {"zero_stage": 3, "workers": workers, "batch_size": workers}
+    config = parse_config({"run": "run", **pair, "fit": fit}, Path.cwd())
+    LlamaForCausalLM(
+        LlamaConfig(num_hidden_layers=1, hidden_size=64, vocab_size=64)
+    )  # imports are not loading
+    peak = Peak("RssAnon")
+    base = load_base(config)
+    return {"private": peak.bytes(), "kept": sum(p.ds_tensor.nbytes for p in base.parameters())}
+
+
+def measure(shape: dict[str, int], workers: tuple[int, ...]) -> list[dict[str, Any]]:
+    """One row for each number of workers, bytes."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        weights, largest = make(folder, shape)
+        for count in workers:
+            command = ["-m", "benchmarks.load", "--worker", folder, str(count)]
+            reported = run_workers(command, count, zero_stage=3)
+            most = {name: max(report[name] for report in reported) for name in ("private", "kept")}
+            rows.append({"workers": count, **most, "bound": weights // count + 2 * largest})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        folder, workers = arguments.worker
+        print(json.dumps(worker(folder, int(workers))))
+        return
+    rows = measure(SHAPE, WORKERS)
+    (HERE / "load.json").write_text(
+        json.dumps({"shape": SHAPE, "torch": torch.__version__, "rows": rows}, indent=2) + "\n"
+    )
+    for row in rows:
+        print(
+            f"{row['workers']} workers: {row['private'] / 1e6:.0f} MB private at the most, bound "
+            f"{row['bound'] / 1e6:.0f} MB, {row['kept'] / 1e6:.0f} MB kept"
+        )
+
+
+if __name__ == "__main__":
+    main()
