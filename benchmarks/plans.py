@@ -92,7 +92,7 @@ def row(pair: str, plan: GpuPlan) -> str:
         settings = ", ".join(
             f"{name.partition('.')[2]} {str(value).lower()}" for name, value in stage.settings.items()
         )
-        cells += [settings, f"{stage.gigabytes:g}", f"{stage.hours:.2f}"]
+        cells += [settings, f"{stage.gigabytes:.1f}", f"{stage.hours:.2f}"]
     return f"| {' | '.join(cells)} |"
 
 

@@ -30,16 +30,23 @@ class Gpu:
     """Dense bfloat16 operations per second, from the data sheet."""
     bandwidth: float
     """Bytes per second to its own memory, from the data sheet."""
+    link: float
+    """Bytes per second in one direction, all told, to the other GPUs of its node: half of what data sheets give for
+    NVLink (A100, H100, H200) or PCIe 4.0 x16 (A10G, L4, L40S), which count both directions."""
+    network: float
+    """Bytes per second in one direction between nodes: an eighth of what AWS gives its nodes of 8 (g5, g6 and g6e
+    .48xlarge, p4de, p5, p5en)."""
     dollars: float
     """Per hour, roughly what clouds asked in 2026; prices differ by a factor of two."""
 
 
 GPUS = {
-    "L4-24GB": Gpu(24e9, 121e12, 300e9, 0.8),
-    "L40S-48GB": Gpu(48e9, 362e12, 864e9, 1.9),
-    "A100-80GB": Gpu(80e9, 312e12, 2.0e12, 2.5),
-    "H100-80GB": Gpu(80e9, 989e12, 3.35e12, 4.0),
-    "H200-141GB": Gpu(141e9, 989e12, 4.8e12, 5.0),
+    "A10G-24GB": Gpu(24e9, 70e12, 600e9, 32e9, 1.6e9, 1.2),
+    "L4-24GB": Gpu(24e9, 121e12, 300e9, 32e9, 1.6e9, 0.8),
+    "L40S-48GB": Gpu(48e9, 362e12, 864e9, 32e9, 6.3e9, 1.9),
+    "A100-80GB": Gpu(80e9, 312e12, 2.0e12, 300e9, 6.3e9, 2.5),
+    "H100-80GB": Gpu(80e9, 989e12, 3.35e12, 450e9, 50e9, 4.0),
+    "H200-141GB": Gpu(141e9, 989e12, 4.8e12, 450e9, 50e9, 5.0),
 }
 USABLE = 0.9
 """Of a GPU's memory; the rest goes to fragments."""
@@ -47,8 +54,6 @@ FIT_SHARE, PREFILL_SHARE, DECODE_SHARE = 0.4, 0.4, 0.5
 """Of the peak of operations, of the same, and of the bandwidth."""
 NODE = 8
 """GPUs of a node. Tensor parallelism stays inside one."""
-LINK = 50e9
-"""Bytes per second between nodes, per GPU (400 Gbit/s each)."""
 TENSOR_PARALLEL = (1, 2, 4, 8)
 
 
@@ -141,7 +146,7 @@ def _synthesize(
             "synthesis.tensor_parallel": parallel,
             "synthesis.shard_size": shard,
         },
-        gigabytes=round(memory.total / 1e9, 1),
+        gigabytes=memory.total / 1e9,
         hours=seconds / 3600,
         dollars=gpus * kind.dollars * seconds / 3600,
         gigabytes_sent=0.0,
@@ -162,33 +167,46 @@ def _synthesis_seconds(config: Config, shape: Shape, kind: Gpu, length: int) -> 
 
 
 def _fit(config: Config, shape: Shape, learned: int, kind: Gpu, gpus: int) -> GpuStage | None:
-    """The cheapest settings that fit: what computes nothing twice and sends least comes first."""
+    """The fastest settings that fit; of those that are equally fast, the first."""
+    batch = math.lcm(config.fit.batch_size, gpus)
+    stages = [
+        _fit_stage(config, shape, learned, kind, gpus, batch, *settings)
+        for settings in _fit_settings(batch // gpus)
+    ]
+    fitting = [stage for stage in stages if 1e9 * stage.gigabytes <= USABLE * kind.memory]
+    return min(fitting, key=lambda stage: stage.hours, default=None)
+
+
+def _fit_stage(
+    config: Config,
+    shape: Shape,
+    learned: int,
+    kind: Gpu,
+    gpus: int,
+    batch: int,
+    zero_stage: int,
+    checkpointing: bool,
+    micro_batches: int,
+) -> GpuStage:
     fit = config.fit
     length = min(fit.max_tokens, config.synthesis.max_prompt_tokens + config.synthesis.max_response_tokens)
-    batch = math.lcm(fit.batch_size, gpus)
-    for zero_stage, checkpointing, micro_batches in _fit_settings(batch // gpus):
-        sequences = batch // gpus // micro_batches
-        memory = fit_memory(
-            shape,
-            learned=learned,
-            dtype=fit.dtype,
-            zero_stage=zero_stage,
-            workers=gpus,
-            sequences=sequences,
-            length=length,
-            checkpointing=checkpointing,
-            on_gpu=True,
-        )
-        total = memory.total + CONTEXT_BYTES
-        if total <= USABLE * kind.memory:
-            break
-    else:
-        return None
+    memory = fit_memory(
+        shape,
+        learned=learned,
+        dtype=fit.dtype,
+        zero_stage=zero_stage,
+        workers=gpus,
+        sequences=batch // gpus // micro_batches,
+        length=length,
+        checkpointing=checkpointing,
+        on_gpu=True,
+    )
     tokens = fit.steps * batch * length
     # forward, gradients on the activations (the base is frozen), and with checkpointing forward once more
     computing = (6 if checkpointing else 4) * shape.parameters * tokens / gpus / (FIT_SHARE * kind.flops)
     sent = _sent(shape, fit.dtype, zero_stage, gpus, learned, micro_batches) * fit.steps
-    seconds = max(computing, sent / LINK if gpus > NODE else 0.0)
+    # a ring is as fast as its slowest link; what is sent while the GPU computes costs no time
+    seconds = max(computing, sent / (kind.link if gpus <= NODE else kind.network))
     return GpuStage(
         gpus=gpus,
         settings={
@@ -198,15 +216,15 @@ def _fit(config: Config, shape: Shape, learned: int, kind: Gpu, gpus: int) -> Gp
             "fit.gradient_checkpointing": checkpointing,
             "fit.micro_batches": micro_batches,
         },
-        gigabytes=round(total / 1e9, 1),
+        gigabytes=(memory.total + CONTEXT_BYTES) / 1e9,
         hours=seconds / 3600,
         dollars=gpus * kind.dollars * seconds / 3600,
-        gigabytes_sent=round(sent / 1e9, 1),
+        gigabytes_sent=sent / 1e9,
     )
 
 
 def _fit_settings(share: int) -> Iterator[tuple[int, bool, int]]:
-    """(ZeRO stage, checkpointing, micro-batches) from the fastest to the smallest; `share` of the batch per worker."""
+    """(ZeRO stage, checkpointing, micro-batches), simple ones first; `share` of the batch per worker."""
     parts = [n for n in range(1, share + 1) if share % n == 0]
     for zero_stage in (1, 3):
         for checkpointing in (False, True):

@@ -54,10 +54,10 @@ def _gpu_table(plan: GpuPlan) -> Table:
     for name, stage in (("synthesize", plan.synthesize), ("fit", plan.fit)):
         if stage is not None:
             numbers = (
-                f"{stage.gigabytes:g}",
+                f"{stage.gigabytes:.1f}",
                 f"{stage.hours:.2f}",
                 f"{stage.dollars:.2f}",
-                f"{stage.gigabytes_sent:g}",
+                f"{stage.gigabytes_sent:,.0f}",
             )
             table.add_row(name, str(stage.gpus), *numbers)
     return table

@@ -99,11 +99,29 @@ def test_more_gpus_take_less_time_and_settings_stay_valid(large: Shape, config: 
     assert hours[0] > hours[1] > hours[2]
 
 
+@pytest.mark.parametrize(
+    ("gpu", "gpus", "bytes_per_second", "waits"),
+    [
+        ("L40S-48GB", 8, 32e9, True),  # PCIe
+        ("H100-80GB", 8, 450e9, False),  # NVLink
+        ("H100-80GB", 16, 50e9, True),  # a network
+    ],
+)
+def test_what_gpus_send_takes_as_long_as_their_links_are_slow(
+    large: Shape, gpu: str, gpus: int, bytes_per_second: float, waits: bool
+) -> None:
+    config = bare_config(synthesis={"max_response_tokens": 896})
+    fit = gpu_plan(config, large, large, rank=16, learned=LEARNED, gpu=gpu, gpus=gpus).fit
+    assert fit is not None and fit.settings["fit.zero_stage"] == 3
+    sending = 1e9 * fit.gigabytes_sent / bytes_per_second / 3600
+    assert fit.hours == pytest.approx(sending) if waits else fit.hours > 1.1 * sending
+
+
 def test_what_does_not_fit_is_said_with_what_would(large: Shape, config: Config) -> None:
     plan = gpu_plan(config, large, large, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=1)
     assert plan.fit is None and plan.synthesize is None
     assert "synthesize and fit cannot run on 1 x H100-80GB; 4 would do" in plan.advice
     huge = replace(large, parameters=2_000_000_000_000)
     assert gpu_plan(config, huge, huge, rank=16, learned=1, gpu="L4-24GB", gpus=None).smallest is None
-    with pytest.raises(UserError, match="--gpu B200: not known here; one of L4-24GB"):
+    with pytest.raises(UserError, match="--gpu B200: not known here; one of A10G-24GB, L4-24GB"):
         gpu_plan(config, large, large, rank=16, learned=1, gpu="B200", gpus=None)
