@@ -4,12 +4,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from benchmarks.plans import MODELS
 from crosslora.config import Config
 from crosslora.errors import UserError
 from crosslora.gpu_plan import GPUS, gpu_plan
 from crosslora.sizing import Shape, fit_memory, layer_activations, teacher_memory
+from crosslora.topology import meta_model
 from tests.tiny import bare_config
 
 LEARNED = 100_000_000
@@ -69,12 +71,23 @@ def test_what_must_cost_more_does(large: Shape) -> None:
     assert layer_activations(large, "bfloat16", 256, False) > layer_activations(large, "bfloat16", 256, True)
 
 
-def test_tensor_parallel_ranks_share_everything_but_the_context(large: Shape) -> None:
+def test_a_lora_is_counted_as_peft_makes_it() -> None:
+    config = MODELS["Llama-3.1-8B"]
+    lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(meta_model(config), lora, low_cpu_mem_usage=True)
+    numbers = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    memory = teacher_memory(Shape.of(config), rank=16, dtype="bfloat16", tensor_parallel=1, length=512)
+    assert memory.lora == 2 * numbers == 2 * 16 * 32 * (7 * 4096 + 2 * 4096 + 2 * 1024 + 3 * 14_336)
+
+
+def test_tensor_parallel_ranks_share_all_but_the_context_and_half_of_the_lora(large: Shape) -> None:
     one, four = (
         teacher_memory(large, rank=16, dtype="bfloat16", tensor_parallel=n, length=512) for n in (1, 4)
     )
     assert one.weights == 2 * large.parameters
-    assert one.total - four.total == pytest.approx(0.75 * (one.weights + one.lora + one.kv_cache))
+    whole = 2 * 16 * 80 * 7 * 8192  # A of q, k, v, gate, up and B of o, down
+    shared = one.weights + one.lora - whole + one.kv_cache
+    assert one.total - four.total == pytest.approx(0.75 * shared)
 
 
 def test_a_large_pair_needs_several_gpus_and_says_how(large: Shape, config: Config) -> None:
