@@ -48,10 +48,16 @@ def _table(adapter: AdapterPlan) -> Table:
 
 def _gpu_table(plan: GpuPlan) -> Table:
     smallest = f"{plan.smallest} would do" if plan.smallest else "1024 are too few"
-    table = Table(title=f"On {plan.gpu} ({smallest}); counted, not measured", title_justify="left")
+    title = f"On {plan.gpus} x {plan.gpu} ({smallest}); counted, not measured"
+    table = Table(title=title, title_justify="left")
     for column in ("stage", "GPUs", "GB per GPU", "hours", "dollars", "GB sent per GPU"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    for name, stage in (("synthesize", plan.synthesize), ("fit", plan.fit)):
+    stages = {
+        "synthesize": plan.synthesize,
+        "fit": plan.fit,
+        f"evaluate ({plan.larger_base})": plan.evaluate,
+    }
+    for name, stage in stages.items():
         if stage is not None:
             numbers = (
                 f"{stage.gigabytes:.1f}",

@@ -165,7 +165,7 @@ def _rehearsal(shape: Shape, number_bytes: int) -> float:
 
 
 @dataclass(frozen=True)
-class TeacherMemory:
+class EngineMemory:
     """Bytes of one tensor-parallel rank of a vLLM engine, at the least that is worth running."""
 
     weights: float
@@ -177,18 +177,18 @@ class TeacherMemory:
         return self.weights + self.lora + self.kv_cache + CONTEXT_BYTES
 
 
-def teacher_memory(
-    shape: Shape, *, rank: int, dtype: str, tensor_parallel: int, length: int
-) -> TeacherMemory:
-    """One adapter of `rank` on all linears; CONCURRENT sequences of `length` tokens in the cache.
+def engine_memory(
+    shape: Shape, *, rank: int, slots: int, dtype: str, tensor_parallel: int, length: int
+) -> EngineMemory:
+    """`slots` adapters of `rank` on all linears; CONCURRENT sequences of `length` tokens in the cache.
 
     vLLM shares a LoRA as it shares its linear, whose side on the residual stream every rank has whole
     (vllm/lora/layers, fully_sharded_loras left off).
     """
     s = BYTES[dtype]
     whole = shape.linears * shape.hidden
-    return TeacherMemory(
+    return EngineMemory(
         weights=s * shape.parameters / tensor_parallel,
-        lora=s * rank * (whole + (shape.linear_widths - whole) / tensor_parallel),
+        lora=s * rank * slots * (whole + (shape.linear_widths - whole) / tensor_parallel),
         kv_cache=s * 2 * shape.layers * shape.key * length * CONCURRENT / tensor_parallel,
     )

@@ -1,6 +1,8 @@
 """The arithmetic of memory and GPUs, on shapes whose figures are known."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +12,12 @@ from benchmarks.plans import MODELS
 from crosslora.config import Config
 from crosslora.errors import UserError
 from crosslora.gpu_plan import GPUS, gpu_plan
-from crosslora.sizing import Shape, fit_memory, layer_activations, teacher_memory
+from crosslora.sizing import Shape, engine_memory, fit_memory, layer_activations
 from crosslora.topology import meta_model
 from tests.tiny import bare_config
 
 LEARNED = 100_000_000
+ENGINE: Any = {"dtype": "bfloat16", "tensor_parallel": 4, "length": 512}
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +79,16 @@ def test_a_lora_is_counted_as_peft_makes_it() -> None:
     lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(meta_model(config), lora, low_cpu_mem_usage=True)
     numbers = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    memory = teacher_memory(Shape.of(config), rank=16, dtype="bfloat16", tensor_parallel=1, length=512)
+    memory = engine_memory(
+        Shape.of(config), rank=16, slots=1, dtype="bfloat16", tensor_parallel=1, length=512
+    )
     assert memory.lora == 2 * numbers == 2 * 16 * 32 * (7 * 4096 + 2 * 4096 + 2 * 1024 + 3 * 14_336)
 
 
 def test_tensor_parallel_ranks_share_all_but_the_context_and_half_of_the_lora(large: Shape) -> None:
     one, four = (
-        teacher_memory(large, rank=16, dtype="bfloat16", tensor_parallel=n, length=512) for n in (1, 4)
+        engine_memory(large, rank=16, slots=1, dtype="bfloat16", tensor_parallel=n, length=512)
+        for n in (1, 4)
     )
     assert one.weights == 2 * large.parameters
     whole = 2 * 16 * 80 * 7 * 8192  # A of q, k, v, gate, up and B of o, down
@@ -128,6 +134,45 @@ def test_what_gpus_send_takes_as_long_as_their_links_are_slow(
     assert fit is not None and fit.settings["fit.zero_stage"] == 3
     sending = 1e9 * fit.gigabytes_sent / bytes_per_second / 3600
     assert fit.hours == pytest.approx(sending) if waits else fit.hours > 1.1 * sending
+
+
+def test_evaluation_takes_what_the_larger_base_takes(large: Shape, config: Config) -> None:
+    small = Shape.of(MODELS["Llama-3.1-8B"])
+    for source, target, larger in ((small, large, "target"), (large, small, "source")):
+        plan = gpu_plan(config, source, target, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=8)
+        assert plan.larger_base == larger
+        assert plan.synthesize is not None and plan.evaluate is not None
+        assert plan.synthesize.settings["synthesis.tensor_parallel"] == 4  # the larger one decides
+        served = engine_memory(large, rank=16, slots=5 if larger == "target" else 4, **ENGINE).total
+        assert 1e9 * plan.evaluate.gigabytes == pytest.approx(served)
+    assert plan.synthesize.gigabytes < plan.evaluate.gigabytes  # the same base, with fewer slots
+
+
+def test_gpus_of_an_engine_share_heads_evenly(large: Shape, config: Config) -> None:
+    odd = replace(large, heads=30)
+    plan = gpu_plan(config, odd, odd, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=8)
+    assert plan.synthesize is None  # two GPUs are too few, and four cannot share 30 heads
+
+
+def test_hours_of_evaluation_grow_with_its_tasks(large: Shape, tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": "x" * 400, "completion": "y"})] * 50
+    (tmp_path / "t.jsonl").write_text("\n".join(rows))
+    hours = []
+    for items in (0, 25, 50):
+        task = {"name": "t", "path": str(tmp_path / "t.jsonl"), "items": items or 1, "max_tokens": 200}
+        config = bare_config(
+            evaluation={"tasks": [task], "held_out_items": 0, "baselines": ["crop"], "baseline_items": 10}
+        )
+        plan = gpu_plan(config, large, large, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=4)
+        assert plan.evaluate is not None
+        hours.append(plan.evaluate.hours)
+    tokens = 50 + 2 * 50 + 10  # teacher; target base and student; the baseline
+    weights, length = 2 * large.parameters, 100 + 200
+    cache = 2 * 2 * 80 * 1024 * length
+    writing = 200 * (weights / 64 + cache) / (0.5 * 3.35e12)
+    reading = 2 * length * weights / (0.4 * 989e12)
+    assert hours[2] == pytest.approx(tokens * (writing + reading) / 4 / 3600)
+    assert hours[0] < hours[1] < hours[2]
 
 
 def test_what_does_not_fit_is_said_with_what_would(large: Shape, config: Config) -> None:
