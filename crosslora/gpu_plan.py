@@ -166,16 +166,43 @@ def _stages(case: _Case, gpus: int) -> dict[str, GpuStage | None]:
 
 
 def _advice(case: _Case, gpus: int, smallest: int | None, stages: dict[str, GpuStage | None]) -> str:
+    """Settings that fit; else what is missing, and what would change it."""
     missing = [name for name in ("synthesize", "fit") if stages[name] is None]
     if missing:
-        more = (
-            f"{smallest} would do" if smallest else "no number of them will do: take a kind with more memory"
-        )
-        return f"{' and '.join(missing)} cannot run on {gpus} x {case.gpu}; {more}, or lower fit.max_tokens"
+        more = f"{smallest} would do" if smallest else "no number of them will do as it is set"
+        causes = {"synthesize": _engine_cause, "fit": _fit_cause}
+        said = [f"{' and '.join(missing)} cannot run on {gpus} x {case.gpu}", more]
+        return "; ".join([*said, *(causes[name](case, gpus) for name in missing)])
     settings: Settings = {"cluster.gpus_per_engine": 1, "cluster.gpus_per_worker": 1}
     for stage in stages.values():
         settings |= stage.settings if stage else {}
     return " ".join(f"-s {name}={str(value).lower()}" for name, value in settings.items())
+
+
+def _engine_cause(case: _Case, gpus: int) -> str:
+    parallel = _tensor_parallel(case, gpus)
+    name, memory = max(_engines(case, parallel).items(), key=lambda engine: engine[1].total)
+    base = "source" if name == "synthesize" else name
+    fixed = memory.total - memory.kv_cache
+    way = "lower synthesis.max_prompt_tokens or synthesis.max_response_tokens"
+    if fixed > case.usable:
+        way = "take a kind with more memory" + (", or more GPUs per engine" if parallel < NODE else "")
+    return (
+        f"an engine of {parallel} for the {base} takes {fixed / 1e9:.1f} GB per GPU and "
+        f"{memory.kv_cache / 1e9:.1f} of KV cache, {case.usable / 1e9:.1f} are usable: {way}"
+    )
+
+
+def _fit_cause(case: _Case, gpus: int) -> str:
+    memory = _fit_memory(case, _fit_settings(case, gpus))
+    fixed = memory.weights + memory.learned + CONTEXT_BYTES
+    way = "lower fit.max_tokens"
+    if fixed + memory.rehearsal > case.usable:
+        way = "take more GPUs, or a kind with more memory"
+    return (
+        f"a fit worker takes {fixed / 1e9:.1f} GB and {(memory.total + CONTEXT_BYTES - fixed) / 1e9:.1f} of activations "
+        f"and logits, {case.usable / 1e9:.1f} are usable: {way}"
+    )
 
 
 def _engines(case: _Case, parallel: int) -> dict[str, EngineMemory]:

@@ -179,7 +179,26 @@ def test_what_does_not_fit_is_said_with_what_would(large: Shape, config: Config)
     plan = gpu_plan(config, large, large, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=1)
     assert plan.fit is None and plan.synthesize is None
     assert "synthesize and fit cannot run on 1 x H100-80GB; 4 would do" in plan.advice
+    assert "for the target takes 144.7 GB per GPU" in plan.advice and "or more GPUs per engine" in plan.advice
     huge = replace(large, parameters=2_000_000_000_000)
     assert gpu_plan(config, huge, huge, rank=16, learned=1, gpu="L4-24GB", gpus=None).smallest is None
     with pytest.raises(UserError, match="--gpu B200: not known here; one of A10G-24GB, L4-24GB"):
         gpu_plan(config, large, large, rank=16, learned=1, gpu="B200", gpus=None)
+
+
+def test_the_advice_names_what_would_change_it(large: Shape) -> None:
+    """A 405B teacher fits on no node of 8 x 80 GB, whatever the texts; a 70B one does with shorter texts."""
+
+    def advice(shape: Shape, gpus: int, **sections: Any) -> str:
+        config = bare_config(**sections)
+        return gpu_plan(config, shape, shape, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=gpus).advice
+
+    largest = advice(Shape.of(MODELS["Llama-3.1-405B"]), 64)
+    assert largest.startswith("synthesize cannot run on 64 x H100-80GB; no number of them will do")
+    assert largest.endswith("72.0 are usable: take a kind with more memory") and "max_tokens" not in largest
+    long = advice(large, 64, synthesis={"max_response_tokens": 32_768}, fit={"max_tokens": 1024})
+    assert long.startswith("synthesize cannot run on 64")
+    assert long.endswith("lower synthesis.max_prompt_tokens or synthesis.max_response_tokens")
+    long = advice(large, 4, synthesis={"max_response_tokens": 16_384}, fit={"max_tokens": 16_384})
+    assert "max_response_tokens; a fit worker takes" in long and long.endswith("lower fit.max_tokens")
+    assert advice(large, 2).endswith("or a kind with more memory")
