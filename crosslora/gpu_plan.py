@@ -90,8 +90,12 @@ class GpuPlan:
     fit: GpuStage | None
     evaluate: GpuStage | None
     """None where a stage does not fit."""
-    larger_base: str
-    """Which base takes more memory to evaluate, and how much is counted there: source or target."""
+    memory: dict[str, dict[str, float]]
+    """GB per GPU and what takes them, also of a stage that does not fit: of the source's engine that synthesizes, of
+    the base that takes more to evaluate, and of a fit worker without and with gradient checkpointing. `other` is CUDA,
+    NCCL and their buffers, and what the base's own texts take beyond a step."""
+    gigabytes_loaded: float
+    """By every node, at least once: both bases in 16 bits."""
     advice: str
 
 
@@ -150,7 +154,8 @@ def gpu_plan(
         gpus=chosen,
         smallest=smallest,
         **stages,
-        larger_base=_larger_base(case, _tensor_parallel(case, chosen)),
+        memory=_memory(case, chosen),
+        gigabytes_loaded=2 * (source.parameters + target.parameters) / 1e9,
         advice=_advice(case, chosen, smallest, stages),
     )
 
@@ -163,6 +168,34 @@ def _stages(case: _Case, gpus: int) -> dict[str, GpuStage | None]:
         "fit": _fit(case, gpus),
         "evaluate": _evaluate(case, gpus, parallel) if engines_fit else None,
     }
+
+
+def _memory(case: _Case, gpus: int) -> dict[str, dict[str, float]]:
+    parallel = _tensor_parallel(case, gpus)
+    base, engines = _larger_base(case, parallel), _engines(case, parallel)
+    rows = {
+        name: _row(memory.total, weights=memory.weights, kv_cache=memory.kv_cache, lora=memory.lora)
+        for name, memory in (
+            ("synthesize, source", engines["synthesize"]),
+            (f"evaluate, {base}", engines[base]),
+        )
+    }
+    for name, checkpointing in (("fit", False), ("fit, checkpointing", True)):
+        memory = _fit_memory(case, _fit_settings(case, gpus)._replace(checkpointing=checkpointing))
+        rows[name] = _row(
+            memory.total + CONTEXT_BYTES,
+            weights=memory.weights,
+            learned=memory.learned,
+            activations=memory.activations,
+            logits=memory.logits,
+        )
+    return rows
+
+
+def _row(total: float, **parts: float) -> dict[str, float]:
+    """GB from bytes, to the megabyte."""
+    amounts = {**parts, "other": total - sum(parts.values()), "total": total}
+    return {name: round(amount / 1e9, 3) for name, amount in amounts.items()}
 
 
 def _advice(case: _Case, gpus: int, smallest: int | None, stages: dict[str, GpuStage | None]) -> str:

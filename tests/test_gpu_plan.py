@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 
 from benchmarks.plans import MODELS
 from crosslora.config import Config
 from crosslora.errors import UserError
 from crosslora.gpu_plan import GPUS, gpu_plan
+from crosslora.plan_table import memory_table
 from crosslora.sizing import Shape, engine_memory, fit_memory, layer_activations
 from crosslora.topology import meta_model
 from tests.tiny import bare_config
@@ -140,12 +142,32 @@ def test_evaluation_takes_what_the_larger_base_takes(large: Shape, config: Confi
     small = Shape.of(MODELS["Llama-3.1-8B"])
     for source, target, larger in ((small, large, "target"), (large, small, "source")):
         plan = gpu_plan(config, source, target, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=8)
-        assert plan.larger_base == larger
+        assert f"evaluate, {larger}" in plan.memory
         assert plan.synthesize is not None and plan.evaluate is not None
         assert plan.synthesize.settings["synthesis.tensor_parallel"] == 4  # the larger one decides
         served = engine_memory(large, rank=16, slots=5 if larger == "target" else 4, **ENGINE).total
         assert 1e9 * plan.evaluate.gigabytes == pytest.approx(served)
-    assert plan.synthesize.gigabytes < plan.evaluate.gigabytes  # the same base, with fewer slots
+        if larger == "source":  # the same base, with fewer slots
+            assert plan.synthesize.gigabytes < plan.evaluate.gigabytes
+
+
+def test_memory_is_broken_down_and_shown_in_100_columns(
+    large: Shape, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = gpu_plan(config, large, large, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=8)
+    for row in plan.memory.values():
+        assert sum(row.values()) == pytest.approx(2 * row["total"], abs=0.01)
+    assert plan.fit is not None and plan.synthesize is not None
+    assert not plan.fit.settings["fit.gradient_checkpointing"]
+    assert plan.memory["fit"]["total"] == pytest.approx(plan.fit.gigabytes, abs=0.001)
+    assert plan.memory["synthesize, source"]["total"] == pytest.approx(plan.synthesize.gigabytes, abs=0.001)
+    plain, checkpointed = (plan.memory[name] for name in ("fit", "fit, checkpointing"))
+    assert {part for part in plain if plain[part] != checkpointed[part]} == {"activations", "total"}
+    assert plan.gigabytes_loaded == pytest.approx(4 * 70.553706496)
+    assert checkpointed["total"] < plain["total"]
+    Console(width=100).print(memory_table(plan))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9 and not any("…" in line for line in lines)
 
 
 def test_gpus_of_an_engine_share_heads_evenly(large: Shape, config: Config) -> None:
