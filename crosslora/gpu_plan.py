@@ -7,19 +7,24 @@ shares of a GPU's peak that are written below; nothing here was measured on a GP
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
 from crosslora.config import Config
 from crosslora.errors import UserError
+from crosslora.evaluation.tasks import BYTES_PER_TOKEN, answer_tokens, read_items
 from crosslora.sizing import (
     BYTES,
     CONCURRENT,
     CONTEXT_BYTES,
+    EngineMemory,
+    FitMemory,
     Shape,
+    engine_memory,
     fit_memory,
-    teacher_memory,
 )
+from crosslora.vllm_settings import slots
 
 
 @dataclass(frozen=True)
@@ -30,16 +35,23 @@ class Gpu:
     """Dense bfloat16 operations per second, from the data sheet."""
     bandwidth: float
     """Bytes per second to its own memory, from the data sheet."""
+    link: float
+    """Bytes per second in one direction, all told, to the other GPUs of its node: half of what data sheets give for
+    NVLink (A100, H100, H200) or PCIe 4.0 x16 (A10G, L4, L40S), which count both directions."""
+    network: float
+    """Bytes per second in one direction between nodes: an eighth of what AWS gives its nodes of 8 (g5, g6 and g6e
+    .48xlarge, p4de, p5, p5en)."""
     dollars: float
     """Per hour, roughly what clouds asked in 2026; prices differ by a factor of two."""
 
 
 GPUS = {
-    "L4-24GB": Gpu(24e9, 121e12, 300e9, 0.8),
-    "L40S-48GB": Gpu(48e9, 362e12, 864e9, 1.9),
-    "A100-80GB": Gpu(80e9, 312e12, 2.0e12, 2.5),
-    "H100-80GB": Gpu(80e9, 989e12, 3.35e12, 4.0),
-    "H200-141GB": Gpu(141e9, 989e12, 4.8e12, 5.0),
+    "A10G-24GB": Gpu(24e9, 70e12, 600e9, 32e9, 1.6e9, 1.2),
+    "L4-24GB": Gpu(24e9, 121e12, 300e9, 32e9, 1.6e9, 0.8),
+    "L40S-48GB": Gpu(48e9, 362e12, 864e9, 32e9, 6.3e9, 1.9),
+    "A100-80GB": Gpu(80e9, 312e12, 2.0e12, 300e9, 6.3e9, 2.5),
+    "H100-80GB": Gpu(80e9, 989e12, 3.35e12, 450e9, 50e9, 4.0),
+    "H200-141GB": Gpu(141e9, 989e12, 4.8e12, 450e9, 50e9, 5.0),
 }
 USABLE = 0.9
 """Of a GPU's memory; the rest goes to fragments."""
@@ -47,17 +59,18 @@ FIT_SHARE, PREFILL_SHARE, DECODE_SHARE = 0.4, 0.4, 0.5
 """Of the peak of operations, of the same, and of the bandwidth."""
 NODE = 8
 """GPUs of a node. Tensor parallelism stays inside one."""
-LINK = 50e9
-"""Bytes per second between nodes, per GPU (400 Gbit/s each)."""
 TENSOR_PARALLEL = (1, 2, 4, 8)
+Settings = dict[str, int | bool]
+"""Of the configuration."""
 
 
 @dataclass(frozen=True)
 class GpuStage:
-    """A stage on a number of GPUs. `settings` are those of the configuration that make it fit."""
+    """A stage on a number of GPUs."""
 
     gpus: int
-    settings: dict[str, int | bool]
+    settings: Settings
+    """With which it fits."""
     gigabytes: float
     """Per GPU."""
     hours: float
@@ -69,155 +82,333 @@ class GpuStage:
 @dataclass(frozen=True)
 class GpuPlan:
     gpu: str
+    gpus: int
+    """That were asked for, or the smallest number."""
     smallest: int | None
-    """Fewest GPUs on which both stages fit; None where 1024 are too few."""
+    """Fewest GPUs on which all stages fit; None where 1024 are too few."""
     synthesize: GpuStage | None
     fit: GpuStage | None
-    """On the GPUs that were asked for, or on the smallest number; None where a stage does not fit there."""
+    evaluate: GpuStage | None
+    """None where a stage does not fit."""
+    memory: dict[str, dict[str, float]]
+    """GB per GPU and what takes them, also of a stage that does not fit: of the source's engine that synthesizes, of
+    the base that takes more to evaluate, and of a fit worker without and with gradient checkpointing. `other` is CUDA,
+    NCCL and their buffers, and what the base's own texts take beyond a step."""
+    gigabytes_loaded: float
+    """By every node, at least once: both bases in 16 bits."""
     advice: str
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What is planned, whatever the number of GPUs."""
+
+    config: Config
+    source: Shape
+    target: Shape
+    rank: int
+    learned: int
+    gpu: str
+    questions: list[tuple[int, int, int]]
+    """(Items, tokens of the longest prompt, most tokens of an answer) of every task."""
+
+    @property
+    def kind(self) -> Gpu:
+        return GPUS[self.gpu]
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a GPU."""
+        return USABLE * self.kind.memory
+
+    def stage(
+        self, held: int, used: int, seconds: float, gigabytes: float, settings: Settings, sent: float = 0.0
+    ) -> GpuStage:
+        """Of `held` GPUs, all of which are paid for, `used` have work."""
+        hours = seconds / 3600
+        return GpuStage(used, settings, gigabytes, hours, held * self.kind.dollars * hours, sent / 1e9)
+
+
+class _FitSettings(NamedTuple):
+    workers: int
+    batch: int
+    zero_stage: int
+    checkpointing: bool
+    micro_batches: int
 
 
 def gpu_plan(
     config: Config, source: Shape, target: Shape, *, rank: int, learned: int, gpu: str, gpus: int | None
 ) -> GpuPlan:
-    """The plan on `gpus` GPUs of the kind `gpu`, or on as few as will do; raises UserError for a kind not in GPUS."""
+    """The plan on `gpus` GPUs of the kind `gpu`, or on as few as will do; raises UserError for a kind not in GPUS, and
+    for a task that cannot be read."""
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: not known here; one of {', '.join(GPUS)}")
-    kind = GPUS[gpu]
-
-    def stages(count: int) -> tuple[GpuStage | None, GpuStage | None]:
-        return _synthesize(config, source, target, rank, kind, count), _fit(
-            config, target, learned, kind, count
-        )
-
+    case = _Case(config, source, target, rank, learned, gpu, _questions(config))
     counts = [2**n for n in range(11)]
-    smallest = next((count for count in counts if all(stages(count))), None)
+    smallest = next((count for count in counts if all(_stages(case, count).values())), None)
     chosen = gpus or smallest or counts[-1]
-    synthesize, fit = stages(chosen)
-    return GpuPlan(gpu, smallest, synthesize, fit, _advice(gpu, chosen, synthesize, fit, smallest))
+    stages = _stages(case, chosen)
+    return GpuPlan(
+        gpu=gpu,
+        gpus=chosen,
+        smallest=smallest,
+        **stages,
+        memory=_memory(case, chosen),
+        gigabytes_loaded=2 * (source.parameters + target.parameters) / 1e9,
+        advice=_advice(case, chosen, smallest, stages),
+    )
 
 
-def _advice(
-    gpu: str, chosen: int, synthesize: GpuStage | None, fit: GpuStage | None, smallest: int | None
-) -> str:
-    missing = [name for name, stage in (("synthesize", synthesize), ("fit", fit)) if stage is None]
-    if missing:
-        more = (
-            f"{smallest} would do" if smallest else "no number of them will do: take a kind with more memory"
-        )
-        return f"{' and '.join(missing)} cannot run on {chosen} x {gpu}; {more}, or lower fit.max_tokens"
-    assert synthesize is not None and fit is not None
-    settings = {
-        "cluster.gpus_per_engine": 1,
-        "cluster.gpus_per_worker": 1,
-        **synthesize.settings,
-        **fit.settings,
+def _stages(case: _Case, gpus: int) -> dict[str, GpuStage | None]:
+    parallel = _tensor_parallel(case, gpus)
+    engines_fit = _engines_fit(case, parallel)
+    return {
+        "synthesize": _synthesize(case, gpus, parallel) if engines_fit else None,
+        "fit": _fit(case, gpus),
+        "evaluate": _evaluate(case, gpus, parallel) if engines_fit else None,
     }
+
+
+def _memory(case: _Case, gpus: int) -> dict[str, dict[str, float]]:
+    parallel = _tensor_parallel(case, gpus)
+    base, engines = _larger_base(case, parallel), _engines(case, parallel)
+    rows = {
+        name: _row(memory.total, weights=memory.weights, kv_cache=memory.kv_cache, lora=memory.lora)
+        for name, memory in (
+            ("synthesize, source", engines["synthesize"]),
+            (f"evaluate, {base}", engines[base]),
+        )
+    }
+    for name, checkpointing in (("fit", False), ("fit, checkpointing", True)):
+        memory = _fit_memory(case, _fit_settings(case, gpus)._replace(checkpointing=checkpointing))
+        rows[name] = _row(
+            memory.total + CONTEXT_BYTES,
+            weights=memory.weights,
+            learned=memory.learned,
+            activations=memory.activations,
+            logits=memory.logits,
+        )
+    return rows
+
+
+def _row(total: float, **parts: float) -> dict[str, float]:
+    """GB from bytes, to the megabyte."""
+    amounts = {**parts, "other": total - sum(parts.values()), "total": total}
+    return {name: round(amount / 1e9, 3) for name, amount in amounts.items()}
+
+
+def _advice(case: _Case, gpus: int, smallest: int | None, stages: dict[str, GpuStage | None]) -> str:
+    """Settings that fit; else what is missing, and what would change it."""
+    missing = [name for name in ("synthesize", "fit") if stages[name] is None]
+    if missing:
+        more = f"{smallest} would do" if smallest else "no number of them will do as it is set"
+        causes = {"synthesize": _engine_cause, "fit": _fit_cause}
+        said = [f"{' and '.join(missing)} cannot run on {gpus} x {case.gpu}", more]
+        return "; ".join([*said, *(causes[name](case, gpus) for name in missing)])
+    settings: Settings = {"cluster.gpus_per_engine": 1, "cluster.gpus_per_worker": 1}
+    for stage in stages.values():
+        settings |= stage.settings if stage else {}
     return " ".join(f"-s {name}={str(value).lower()}" for name, value in settings.items())
 
 
-def _synthesize(
-    config: Config, shape: Shape, target: Shape, rank: int, kind: Gpu, gpus: int
-) -> GpuStage | None:
-    """Evaluation serves both bases with the tensor parallelism of synthesis: the larger one decides."""
-    settings = config.synthesis
-    length = 2 * settings.max_prompt_tokens + settings.max_response_tokens
-    for parallel in TENSOR_PARALLEL:
-        memory, evaluated = (
-            teacher_memory(base, rank=rank, dtype=settings.dtype, tensor_parallel=parallel, length=length)
-            for base in (shape, target)
+def _engine_cause(case: _Case, gpus: int) -> str:
+    parallel = _tensor_parallel(case, gpus)
+    name, memory = max(_engines(case, parallel).items(), key=lambda engine: engine[1].total)
+    base = "source" if name == "synthesize" else name
+    fixed = memory.total - memory.kv_cache
+    way = "lower synthesis.max_prompt_tokens or synthesis.max_response_tokens"
+    if fixed > case.usable:
+        way = "take a kind with more memory" + (", or more GPUs per engine" if parallel < NODE else "")
+    return (
+        f"an engine of {parallel} for the {base} takes {fixed / 1e9:.1f} GB per GPU and "
+        f"{memory.kv_cache / 1e9:.1f} of KV cache, {case.usable / 1e9:.1f} are usable: {way}"
+    )
+
+
+def _fit_cause(case: _Case, gpus: int) -> str:
+    memory = _fit_memory(case, _fit_settings(case, gpus))
+    fixed = memory.weights + memory.learned + CONTEXT_BYTES
+    way = "lower fit.max_tokens"
+    if fixed + memory.rehearsal > case.usable:
+        way = "take more GPUs, or a kind with more memory"
+    return (
+        f"a fit worker takes {fixed / 1e9:.1f} GB and {(memory.total + CONTEXT_BYTES - fixed) / 1e9:.1f} of activations "
+        f"and logits, {case.usable / 1e9:.1f} are usable: {way}"
+    )
+
+
+def _engines(case: _Case, parallel: int) -> dict[str, EngineMemory]:
+    """A tensor-parallel rank of every engine. Evaluation serves both bases with the tensor parallelism of synthesis, the
+    source with the teacher's adapter and the target with the student and the baselines."""
+    synthesis, evaluation = case.config.synthesis, case.config.evaluation
+    engines = {
+        "synthesize": (case.source, synthesis.dtype, 1),
+        "source": (case.source, evaluation.dtype, slots(1)),
+        "target": (case.target, evaluation.dtype, slots(len(evaluation.baselines) + 1)),
+    }
+    return {
+        name: engine_memory(
+            shape,
+            rank=case.rank,
+            slots=adapters,
+            dtype=dtype,
+            tensor_parallel=parallel,
+            length=_longest(case.config),
         )
-        if parallel <= gpus and max(memory.total, evaluated.total) <= USABLE * kind.memory:
-            break
-    else:
-        return None
+        for name, (shape, dtype, adapters) in engines.items()
+    }
+
+
+def _longest(config: Config) -> int:
+    """Tokens of the longest text that an engine of synthesis holds: what the teacher wrote may take more tokens when it
+    is read again."""
+    return 2 * config.synthesis.max_prompt_tokens + config.synthesis.max_response_tokens
+
+
+def _engines_fit(case: _Case, parallel: int) -> bool:
+    return max(memory.total for memory in _engines(case, parallel).values()) <= case.usable
+
+
+def _tensor_parallel(case: _Case, gpus: int) -> int:
+    """Fewest GPUs per engine on which all engines fit; the most there can be where they never do. vLLM gives every GPU
+    equally many heads."""
+    heads = math.gcd(case.source.heads, case.target.heads)
+    possible = [n for n in TENSOR_PARALLEL if n <= gpus and heads % n == 0]
+    return next((n for n in possible if _engines_fit(case, n)), possible[-1])
+
+
+def _larger_base(case: _Case, parallel: int) -> str:
+    engines = _engines(case, parallel)
+    return max(("target", "source"), key=lambda base: engines[base].total)
+
+
+def _synthesize(case: _Case, gpus: int, parallel: int) -> GpuStage:
+    settings = case.config.synthesis
     engines = gpus // parallel
     shard = min(settings.shard_size, max(settings.samples // engines, 8))  # else some engines get none
-    seconds = _synthesis_seconds(config, shape, kind, length) / (engines * parallel)
-    return GpuStage(
-        gpus=engines * parallel,
-        settings={
+    length = _longest(case.config)
+    written = settings.samples * (settings.max_prompt_tokens + settings.max_response_tokens)
+    read = 2 * settings.samples * length  # to answer, and to score the answer
+    seconds = _engine_seconds(case.kind, case.source, settings.dtype, length, written, read)
+    return case.stage(
+        gpus,
+        engines * parallel,
+        seconds / (engines * parallel),
+        _engines(case, parallel)["synthesize"].total / 1e9,
+        {
             "synthesis.engines": engines,
             "synthesis.tensor_parallel": parallel,
             "synthesis.shard_size": shard,
         },
-        gigabytes=round(memory.total / 1e9, 1),
-        hours=seconds / 3600,
-        dollars=gpus * kind.dollars * seconds / 3600,
-        gigabytes_sent=0.0,
     )
 
 
-def _synthesis_seconds(config: Config, shape: Shape, kind: Gpu, length: int) -> float:
-    """Of one GPU. Decoding reads all weights, and the cache of each sequence, for CONCURRENT tokens; reading a prompt
-    and scoring an answer take two operations per weight and token."""
-    settings = config.synthesis
-    s = BYTES[settings.dtype]
+def _evaluate(case: _Case, gpus: int, parallel: int) -> GpuStage:
+    """One engine, first with the source and then with the target; every model writes all the tokens it may, and every
+    prompt is read twice: to be answered, and to score the reference."""
+    settings, seconds = case.config.evaluation, 0.0
+    for items, prompt, answer in case.questions:
+        baselines = len(settings.baselines) * min(items, settings.baseline_items)
+        for shape, asked in ((case.source, items), (case.target, 2 * items + baselines)):
+            length = prompt + answer
+            seconds += _engine_seconds(
+                case.kind, shape, settings.dtype, length, asked * answer, 2 * asked * length
+            )
+    memory = _engines(case, parallel)[_larger_base(case, parallel)]
+    return case.stage(gpus, parallel, seconds / parallel, memory.total / 1e9, {})
+
+
+def _questions(config: Config) -> list[tuple[int, int, int]]:
+    """Of the held-out prompts, and of the tasks as their files are."""
+    synthesis, evaluation = config.synthesis, config.evaluation
+    questions = [(evaluation.held_out_items, synthesis.max_prompt_tokens, synthesis.max_response_tokens)]
+    for task in evaluation.tasks:
+        items = read_items(task)
+        prompt = max(len(item.prompt.encode()) for item in items)
+        questions.append((len(items), math.ceil(prompt / BYTES_PER_TOKEN), answer_tokens(task, items)))
+    return questions
+
+
+def _engine_seconds(kind: Gpu, shape: Shape, dtype: str, length: int, written: int, read: int) -> float:
+    """Of one GPU, for tokens that are `written` and `read` in texts of `length`. Writing one reads all weights, and the
+    cache of each sequence, for CONCURRENT tokens; reading one takes two operations per weight."""
+    s = BYTES[dtype]
     cache = s * 2 * shape.layers * shape.key * length
     bytes_per_token = (s * shape.parameters + CONCURRENT * cache) / CONCURRENT
-    written = settings.samples * (settings.max_prompt_tokens + settings.max_response_tokens)
-    decoding = written * bytes_per_token / (DECODE_SHARE * kind.bandwidth)
-    reading = 2 * settings.samples * length * 2 * shape.parameters / (PREFILL_SHARE * kind.flops)
-    return decoding + reading
+    writing = written * bytes_per_token / (DECODE_SHARE * kind.bandwidth)
+    reading = read * 2 * shape.parameters / (PREFILL_SHARE * kind.flops)
+    return writing + reading
 
 
-def _fit(config: Config, shape: Shape, learned: int, kind: Gpu, gpus: int) -> GpuStage | None:
-    """The cheapest settings that fit: what computes nothing twice and sends least comes first."""
-    fit = config.fit
-    length = min(fit.max_tokens, config.synthesis.max_prompt_tokens + config.synthesis.max_response_tokens)
-    batch = math.lcm(fit.batch_size, gpus)
-    for zero_stage, checkpointing, micro_batches in _fit_settings(batch // gpus):
-        sequences = batch // gpus // micro_batches
-        memory = fit_memory(
-            shape,
-            learned=learned,
-            dtype=fit.dtype,
-            zero_stage=zero_stage,
-            workers=gpus,
-            sequences=sequences,
-            length=length,
-            checkpointing=checkpointing,
-            on_gpu=True,
-        )
-        total = memory.total + CONTEXT_BYTES
-        if total <= USABLE * kind.memory:
-            break
-    else:
+def _fit(case: _Case, gpus: int) -> GpuStage | None:
+    settings = _fit_settings(case, gpus)
+    memory = _fit_memory(case, settings).total + CONTEXT_BYTES
+    if memory > case.usable:
         return None
-    tokens = fit.steps * batch * length
-    # forward, gradients on the activations (the base is frozen), and with checkpointing forward once more
-    computing = (6 if checkpointing else 4) * shape.parameters * tokens / gpus / (FIT_SHARE * kind.flops)
-    sent = _sent(shape, fit.dtype, zero_stage, gpus, learned, micro_batches) * fit.steps
-    seconds = max(computing, sent / LINK if gpus > NODE else 0.0)
-    return GpuStage(
-        gpus=gpus,
-        settings={
+    sent = case.config.fit.steps * _sent(case, settings)
+    return case.stage(
+        gpus,
+        gpus,
+        _fit_seconds(case, settings),
+        memory / 1e9,
+        {
             "fit.workers": gpus,
-            "fit.batch_size": batch,
-            "fit.zero_stage": zero_stage,
-            "fit.gradient_checkpointing": checkpointing,
-            "fit.micro_batches": micro_batches,
+            "fit.batch_size": settings.batch,
+            "fit.zero_stage": settings.zero_stage,
+            "fit.gradient_checkpointing": settings.checkpointing,
+            "fit.micro_batches": settings.micro_batches,
         },
-        gigabytes=round(total / 1e9, 1),
-        hours=seconds / 3600,
-        dollars=gpus * kind.dollars * seconds / 3600,
-        gigabytes_sent=round(sent / 1e9, 1),
+        sent,
     )
 
 
-def _fit_settings(share: int) -> Iterator[tuple[int, bool, int]]:
-    """(ZeRO stage, checkpointing, micro-batches) from the fastest to the smallest; `share` of the batch per worker."""
-    parts = [n for n in range(1, share + 1) if share % n == 0]
-    for zero_stage in (1, 3):
-        for checkpointing in (False, True):
-            for micro_batches in parts:
-                yield zero_stage, checkpointing, micro_batches
+def _fit_settings(case: _Case, gpus: int) -> _FitSettings:
+    """The fastest that fit, simple ones first; where none fits, those that take least memory."""
+    batch = math.lcm(case.config.fit.batch_size, gpus)
+    parts = [n for n in range(1, batch // gpus + 1) if batch // gpus % n == 0]
+    choices = [_FitSettings(gpus, batch, *choice) for choice in product((1, 3), (False, True), parts)]
+    taken = {choice: _fit_memory(case, choice).total + CONTEXT_BYTES for choice in choices}
+    fitting = [choice for choice in choices if taken[choice] <= case.usable]
+    if not fitting:
+        return min(choices, key=lambda choice: taken[choice])
+    return min(fitting, key=lambda choice: _fit_seconds(case, choice))
 
 
-def _sent(shape: Shape, dtype: str, zero_stage: int, gpus: int, learned: int, micro_batches: int) -> float:
+def _fit_length(config: Config) -> int:
+    """Tokens of the longest sample."""
+    synthesis = config.synthesis
+    return min(config.fit.max_tokens, synthesis.max_prompt_tokens + synthesis.max_response_tokens)
+
+
+def _fit_memory(case: _Case, settings: _FitSettings) -> FitMemory:
+    return fit_memory(
+        case.target,
+        learned=case.learned,
+        dtype=case.config.fit.dtype,
+        zero_stage=settings.zero_stage,
+        workers=settings.workers,
+        sequences=settings.batch // settings.workers // settings.micro_batches,
+        length=_fit_length(case.config),
+        checkpointing=settings.checkpointing,
+        on_gpu=True,
+    )
+
+
+def _fit_seconds(case: _Case, settings: _FitSettings) -> float:
+    fit, kind = case.config.fit, case.kind
+    tokens = fit.steps * settings.batch * _fit_length(case.config) / settings.workers
+    # forward, gradients on the activations (the base is frozen), and with checkpointing forward once more
+    operations = (6 if settings.checkpointing else 4) * case.target.parameters * tokens
+    # a ring is as fast as its slowest link; what is sent while the GPU computes costs no time
+    link = kind.link if settings.workers <= NODE else kind.network
+    return max(operations / (FIT_SHARE * kind.flops), fit.steps * _sent(case, settings) / link)
+
+
+def _sent(case: _Case, settings: _FitSettings) -> float:
     """Bytes that each GPU sends in a step: a ring moves (N - 1) / N of everything. ZeRO-3 gathers all weights for the
     forward and once more for the backward pass of every micro-batch."""
-    ring = (gpus - 1) / gpus
-    gradients = 2 * 4 * learned * ring
-    weights = 2 * BYTES[dtype] * shape.parameters * ring * micro_batches if zero_stage == 3 else 0.0
-    return gradients + weights
+    ring = (settings.workers - 1) / settings.workers
+    gradients = 2 * 4 * case.learned * ring
+    weights = 2 * BYTES[case.config.fit.dtype] * case.target.parameters * ring * settings.micro_batches
+    return gradients + (weights if settings.zero_stage == 3 else 0.0)

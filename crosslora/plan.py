@@ -15,7 +15,7 @@ from crosslora.errors import UserError
 from crosslora.gpu_plan import GpuPlan, gpu_plan
 from crosslora.models import load_config, resolve
 from crosslora.projection.mapping import check_shape, layer_map
-from crosslora.sizing import BYTES, CONTEXT_BYTES, Shape, fit_memory, teacher_memory
+from crosslora.sizing import BYTES, CONTEXT_BYTES, Shape, engine_memory, fit_memory
 from crosslora.text.pair import TokenizerPair
 from crosslora.topology import READS, SPACES, WRITES, Linear, Topology, discover
 from crosslora.vllm_settings import LORA_RANKS
@@ -222,9 +222,10 @@ def _memory(config: Config, source: Shape, target: Shape, adapters: list[Adapter
     """Per engine and per fit worker, in GB: what sizing.py counts, and the process itself."""
     fit, synthesis = config.fit, config.synthesis
     length = min(fit.max_tokens, synthesis.max_prompt_tokens + synthesis.max_response_tokens)
-    teacher = teacher_memory(
+    teacher = engine_memory(
         source,
         rank=max(adapter.rank for adapter in adapters),
+        slots=1,
         dtype=synthesis.dtype,
         tensor_parallel=synthesis.tensor_parallel,
         length=2 * synthesis.max_prompt_tokens + synthesis.max_response_tokens,

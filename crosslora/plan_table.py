@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from crosslora.gpu_plan import GpuPlan
 from crosslora.plan import AdapterPlan, Plan
+
+MEMORY = {
+    "weights": "weights",
+    "kv_cache": "KV cache",
+    "lora": "LoRA",
+    "learned": "learned",
+    "activations": "activations",
+    "logits": "logits",
+    "other": "other",
+    "total": "total",
+}
+"""Columns, as the JSON and as the table name them."""
 
 
 def show(plan: Plan) -> None:
@@ -29,6 +42,10 @@ def show(plan: Plan) -> None:
         console.print(_table(adapter))
     if plan.on_gpus is not None:
         console.print(_gpu_table(plan.on_gpus))
+        console.print(memory_table(plan.on_gpus))
+        console.print(
+            f"Network: every node loads {plan.on_gpus.gigabytes_loaded:,.0f} GB of weights, every fit worker reads the corpus"
+        )
         console.print(plan.on_gpus.advice, soft_wrap=True)
 
 
@@ -48,16 +65,34 @@ def _table(adapter: AdapterPlan) -> Table:
 
 def _gpu_table(plan: GpuPlan) -> Table:
     smallest = f"{plan.smallest} would do" if plan.smallest else "1024 are too few"
-    table = Table(title=f"On {plan.gpu} ({smallest}); counted, not measured", title_justify="left")
+    title = f"On {plan.gpus} x {plan.gpu} ({smallest}); counted, not measured"
+    table = Table(title=title, title_justify="left")
     for column in ("stage", "GPUs", "GB per GPU", "hours", "dollars", "GB sent per GPU"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    for name, stage in (("synthesize", plan.synthesize), ("fit", plan.fit)):
+    stages = {
+        "synthesize": plan.synthesize,
+        "fit": plan.fit,
+        "evaluate": plan.evaluate,
+    }
+    for name, stage in stages.items():
         if stage is not None:
             numbers = (
-                f"{stage.gigabytes:g}",
+                f"{stage.gigabytes:.1f}",
                 f"{stage.hours:.2f}",
                 f"{stage.dollars:.2f}",
-                f"{stage.gigabytes_sent:g}",
+                f"{stage.gigabytes_sent:,.0f}",
             )
             table.add_row(name, str(stage.gpus), *numbers)
+    return table
+
+
+def memory_table(plan: GpuPlan) -> Table:
+    table = Table(
+        title="GB per GPU (learned: with what Adam keeps)", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    table.add_column("")
+    for title in MEMORY.values():
+        table.add_column(title, justify="right")
+    for name, row in plan.memory.items():
+        table.add_row(name, *(f"{row[part]:.1f}" if part in row else "" for part in MEMORY))
     return table

@@ -25,15 +25,13 @@ from crosslora.errors import UserError
 from crosslora.models import resolve
 from crosslora.replica import MAX_SEQUENCES, BesideEngine, FrontEngine
 from crosslora.shelf import REFUSED, Shelf
-from crosslora.vllm_settings import environment, lora_options, parallel_options
+from crosslora.vllm_settings import environment, lora_options, parallel_options, slots
 
 CPU_BATCHED_TOKENS = 512
 """Tokens per step on CPU: logprobs of a prompt take positions x vocabulary floats (0.5 GB at 262k entries)."""
 STOP_SECONDS = 25.0
 WAIT_SECONDS = Cluster().wait_seconds
 APPLICATION = "crosslora"
-LEAST_SLOTS = 4
-"""Adapters that run in one batch; those beyond take turns."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +99,8 @@ def limits(folders: Sequence[Path]) -> dict[str, Any]:
     Raises UserError for a folder that vLLM cannot serve.
     """
     options = lora_options(folders)
-    if options:  # one more than there are: for a moment a replaced adapter and its successor run in one batch
-        options["max_loras"] = max(len(folders) + 1, LEAST_SLOTS)
+    if options:
+        options["max_loras"] = slots(len(folders))
     return options
 
 

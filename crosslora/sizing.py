@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PretrainedConfig
 
-from crosslora.topology import decoder_layers, meta_model, space_widths
+from crosslora.topology import decoder_layers, discover, meta_model, space_widths
 from crosslora.training import rehearsal
 from crosslora.training.losses import LOGITS_BYTES
 
@@ -48,6 +48,10 @@ class Shape:
     vocabulary: int
     normed: int
     """Sum of the widths that the norms of one layer act on."""
+    linears: int
+    """That an adapter may change, in all layers."""
+    linear_widths: int
+    """Sum of the input and output widths of these: a LoRA of rank r on all of them has r times so many numbers."""
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Shape:
@@ -56,6 +60,7 @@ class Shape:
         prefix = decoder_layers(model, text.num_hidden_layers)
         layer = model.get_submodule(f"{prefix}.0")
         weights = [p.numel() for p in {id(p): p for p in model.parameters()}.values()]
+        linears = discover(config).linears
         return cls(
             parameters=sum(weights),
             layers=text.num_hidden_layers,
@@ -68,6 +73,8 @@ class Shape:
             heads=text.num_attention_heads,
             vocabulary=text.vocab_size,
             normed=sum(_normed(name, widths) for name, m in layer.named_modules() if _is_norm(m)),
+            linears=len(linears),
+            linear_widths=sum(linear.d_in + linear.d_out for linear in linears),
         )
 
 
@@ -158,7 +165,7 @@ def _rehearsal(shape: Shape, number_bytes: int) -> float:
 
 
 @dataclass(frozen=True)
-class TeacherMemory:
+class EngineMemory:
     """Bytes of one tensor-parallel rank of a vLLM engine, at the least that is worth running."""
 
     weights: float
@@ -170,14 +177,18 @@ class TeacherMemory:
         return self.weights + self.lora + self.kv_cache + CONTEXT_BYTES
 
 
-def teacher_memory(
-    shape: Shape, *, rank: int, dtype: str, tensor_parallel: int, length: int
-) -> TeacherMemory:
-    """One adapter of `rank` on all linears; CONCURRENT sequences of `length` tokens in the cache."""
+def engine_memory(
+    shape: Shape, *, rank: int, slots: int, dtype: str, tensor_parallel: int, length: int
+) -> EngineMemory:
+    """`slots` adapters of `rank` on all linears; CONCURRENT sequences of `length` tokens in the cache.
+
+    vLLM shares a LoRA as it shares its linear, whose side on the residual stream every rank has whole
+    (vllm/lora/layers, fully_sharded_loras left off).
+    """
     s = BYTES[dtype]
-    per_layer = 5 * shape.hidden + 2 * shape.query + 2 * shape.key + shape.hidden + 3 * shape.mlp
-    return TeacherMemory(
+    whole = shape.linears * shape.hidden
+    return EngineMemory(
         weights=s * shape.parameters / tensor_parallel,
-        lora=s * rank * shape.layers * per_layer / tensor_parallel,
+        lora=s * rank * slots * (whole + (shape.linear_widths - whole) / tensor_parallel),
         kv_cache=s * 2 * shape.layers * shape.key * length * CONCURRENT / tensor_parallel,
     )

@@ -13,6 +13,8 @@ from crosslora.errors import UserError
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM 0.32 takes for max_lora_rank."""
+LEAST_SLOTS = 4
+"""Of an endpoint: adapters that run in one batch; those beyond take turns."""
 
 
 def environment(threads: int, num_gpus: float = 0) -> dict[str, str]:
@@ -71,6 +73,12 @@ def lora_options(adapter_paths: Iterable[Path]) -> dict[str, Any]:
             {path.rpartition(".")[2] for header in headers for path in header.modules}
         ),
     }
+
+
+def slots(adapters: int) -> int:
+    """Slots of an endpoint that serves so many adapters, each with memory of its own: one more than there are, since
+    for a moment a replaced adapter and its successor run in one batch."""
+    return max(adapters + 1, LEAST_SLOTS)
 
 
 def _allowed_rank(header: AdapterHeader) -> int:

@@ -7,7 +7,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from benchmarks.plans import MODELS
 from crosslora import cli, pipeline, plan
+from crosslora.adapter import LoraFactors, write_adapter
 from crosslora.run_folder import RunFolder
-from tests.tiny import tiny_gemma, tiny_llama, tiny_lora
+from tests.tiny import tiny_gemma, tiny_llama, tiny_lora, tiny_tokenizer
 
 Run = Callable[..., str]
 
@@ -48,11 +51,11 @@ def refused(
 ) -> Run:
     """Run a command that must be refused; returns the sentence."""
 
-    def run(command: str, *overrides: str) -> str:
+    def run(command: str, *overrides: str, options: Sequence[str] = ()) -> str:
         settings = [
             argument for override in (f"run={tmp_path / 'run'}", *overrides) for argument in ("-s", override)
         ]
-        monkeypatch.setattr(sys, "argv", ["crosslora", command, str(pair / "c.yaml"), *settings])
+        monkeypatch.setattr(sys, "argv", ["crosslora", command, str(pair / "c.yaml"), *options, *settings])
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         assert stopped.value.code == 2
@@ -71,18 +74,75 @@ def test_help_needs_no_heavy_imports() -> None:
     )
 
 
-def test_plan_and_validate(
-    pair: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for command in (["validate", str(pair / "c.yaml")], ["plan", str(pair / "c.yaml"), "--json"]):
-        monkeypatch.setattr(sys, "argv", ["crosslora", *command])
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command that must succeed; returns what it prints."""
+
+    def run(*arguments: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["crosslora", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         assert stopped.value.code == 0
-        out = capsys.readouterr().out
-    made = json.loads(out)
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_plan_and_validate(pair: Path, said: Run) -> None:
+    assert said("validate", pair / "c.yaml").endswith("c.yaml: valid\n")
+    made = json.loads(said("plan", pair / "c.yaml", "--json"))
     assert made["layer_map"] == [0, 2, 3] and made["unused_source_layers"] == [1]
     assert made["shared_tokens"] > 0 and made["adapters"][0]["modules"] == 28
+    assert made["on_gpus"] is None
+
+
+def test_plan_on_gpus(pair: Path, said: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    command = ("plan", pair / "c.yaml", "--gpu", "H100-80GB", "--gpus", "8")
+    shown = said(*command)
+    assert "On 8 x H100-80GB (1 would do)" in shown and "fit, checkpointing" in shown
+    assert shown.splitlines()[-1].startswith("-s cluster.gpus_per_engine=1 -s cluster.gpus_per_worker=1")
+    made = json.loads(said(*command, "--json"))["on_gpus"]
+    assert made["fit"]["settings"]["fit.workers"] == 8 and made["smallest"] == 1
+    assert set(made["memory"]["fit"]) == {"weights", "learned", "activations", "logits", "other", "total"}
+    settings = [argument for argument in shown.splitlines()[-1].split() if argument != "-s"]
+    said("validate", pair / "c.yaml", *(f"--set={setting}" for setting in settings))
+
+
+def test_plan_for_an_unknown_kind(refused: Run) -> None:
+    assert "--gpu B200: not known here" in refused("plan", options=["--gpu", "B200"])
+
+
+@pytest.mark.real
+def test_plan_that_the_cluster_cannot_hold(refused: Run) -> None:
+    message = refused(
+        "plan",
+        "synthesis.engines=1000",
+        "cluster.gpus_per_engine=1",
+        options=["--gpu", "H100-80GB", "--check"],
+    )
+    assert (
+        "synthesize needs 1000 times 1 CPU and 1 GPU, each on one node, and the Ray cluster holds" in message
+    )
+
+
+def test_plan_of_a_70b_pair_takes_seconds_and_no_weights(tmp_path: Path, said: Run) -> None:
+    for name, model in (("source", "Llama-3.1-70B"), ("target", "Qwen2.5-72B")):
+        MODELS[model].save_pretrained(tmp_path / name)
+        tiny_tokenizer(tmp_path / name, "byte_level")
+    factors = {
+        f"model.layers.{layer}.self_attn.q_proj": LoraFactors(torch.ones(1, 8192), torch.ones(8192, 1))
+        for layer in range(80)
+    }
+    write_adapter(tmp_path / "adapter", factors, str(tmp_path / "source"))
+    (tmp_path / "c.yaml").write_text(
+        "{run: run, source: {base: source}, adapters: [{name: a, path: adapter}], target: {base: target}}"
+    )
+    started = time.monotonic()
+    made = json.loads(said("plan", tmp_path / "c.yaml", "--gpu", "H100-80GB", "--gpus", "8", "--json"))
+    assert time.monotonic() - started < 20
+    assert made["on_gpus"]["smallest"] == 4
+    assert made["on_gpus"]["fit"]["settings"]["fit.zero_stage"] == 3
 
 
 def test_unknown_key(refused: Run) -> None:
