@@ -165,7 +165,9 @@ def stages_of(plan: GpuPlan) -> list[GpuStage]:
 def engines_of(stage: GpuStage | None) -> str:
     if stage is None:
         return "does not fit"
-    return f"{stage.settings['synthesis.engines']} x {stage.settings['synthesis.tensor_parallel']}"
+    settings = stage.settings
+    spread = settings["synthesis.tensor_parallel"] * settings["synthesis.pipeline_parallel"]
+    return f"{settings['synthesis.engines']} x {spread}"
 
 
 def fit_of(stage: GpuStage | None) -> str:

@@ -59,7 +59,6 @@ FIT_SHARE, PREFILL_SHARE, DECODE_SHARE = 0.4, 0.4, 0.5
 """Of the peak of operations, of the same, and of the bandwidth."""
 NODE = 8
 """GPUs of a node. Tensor parallelism stays inside one."""
-TENSOR_PARALLEL = (1, 2, 4, 8)
 Settings = dict[str, int | bool]
 """Of the configuration."""
 
@@ -129,6 +128,20 @@ class _Case:
         return GpuStage(used, settings, gigabytes, hours, held * self.kind.dollars * hours, sent / 1e9)
 
 
+class _Parallel(NamedTuple):
+    """How an engine is spread: over GPUs of a node, and over nodes."""
+
+    tensor: int
+    nodes: int
+
+    @property
+    def gpus(self) -> int:
+        return self.tensor * self.nodes
+
+
+PARALLEL = [_Parallel(1, 1), _Parallel(2, 1), _Parallel(4, 1), *(_Parallel(NODE, n) for n in (1, 2, 4))]
+
+
 class _FitSettings(NamedTuple):
     workers: int
     batch: int
@@ -161,7 +174,7 @@ def gpu_plan(
 
 
 def _stages(case: _Case, gpus: int) -> dict[str, GpuStage | None]:
-    parallel = _tensor_parallel(case, gpus)
+    parallel = _parallel(case, gpus)
     engines_fit = _engines_fit(case, parallel)
     return {
         "synthesize": _synthesize(case, gpus, parallel) if engines_fit else None,
@@ -171,7 +184,7 @@ def _stages(case: _Case, gpus: int) -> dict[str, GpuStage | None]:
 
 
 def _memory(case: _Case, gpus: int) -> dict[str, dict[str, float]]:
-    parallel = _tensor_parallel(case, gpus)
+    parallel = _parallel(case, gpus)
     base, engines = _larger_base(case, parallel), _engines(case, parallel)
     rows = {
         name: _row(memory.total, weights=memory.weights, kv_cache=memory.kv_cache, lora=memory.lora)
@@ -213,15 +226,17 @@ def _advice(case: _Case, gpus: int, smallest: int | None, stages: dict[str, GpuS
 
 
 def _engine_cause(case: _Case, gpus: int) -> str:
-    parallel = _tensor_parallel(case, gpus)
+    parallel = _parallel(case, gpus)
     name, memory = max(_engines(case, parallel).items(), key=lambda engine: engine[1].total)
     base = "source" if name == "synthesize" else name
     fixed = memory.total - memory.kv_cache
     way = "lower synthesis.max_prompt_tokens or synthesis.max_response_tokens"
     if fixed > case.usable:
-        way = "take a kind with more memory" + (", or more GPUs per engine" if parallel < NODE else "")
+        way = "take a kind with more memory" + (
+            ", or more GPUs per engine" if parallel != PARALLEL[-1] else ""
+        )
     return (
-        f"an engine of {parallel} for the {base} takes {fixed / 1e9:.1f} GB per GPU and "
+        f"an engine of {parallel.gpus} for the {base} takes {fixed / 1e9:.1f} GB per GPU and "
         f"{memory.kv_cache / 1e9:.1f} of KV cache, {case.usable / 1e9:.1f} are usable: {way}"
     )
 
@@ -238,9 +253,8 @@ def _fit_cause(case: _Case, gpus: int) -> str:
     )
 
 
-def _engines(case: _Case, parallel: int) -> dict[str, EngineMemory]:
-    """A tensor-parallel rank of every engine. Evaluation serves both bases with the tensor parallelism of synthesis, the
-    source with the teacher's adapter and the target with the student and the baselines."""
+def _engines(case: _Case, parallel: _Parallel) -> dict[str, EngineMemory]:
+    """One GPU of every engine. Evaluation serves both bases on as many GPUs as an engine of synthesis has, the source with the teacher's adapter and the target with the student and the baselines."""
     synthesis, evaluation = case.config.synthesis, case.config.evaluation
     engines = {
         "synthesize": (case.source, synthesis.dtype, 1),
@@ -253,7 +267,8 @@ def _engines(case: _Case, parallel: int) -> dict[str, EngineMemory]:
             rank=case.rank,
             slots=adapters,
             dtype=dtype,
-            tensor_parallel=parallel,
+            tensor_parallel=parallel.tensor,
+            nodes=parallel.nodes,
             length=_longest(case.config),
         )
         for name, (shape, dtype, adapters) in engines.items()
@@ -266,26 +281,26 @@ def _longest(config: Config) -> int:
     return 2 * config.synthesis.max_prompt_tokens + config.synthesis.max_response_tokens
 
 
-def _engines_fit(case: _Case, parallel: int) -> bool:
+def _engines_fit(case: _Case, parallel: _Parallel) -> bool:
     return max(memory.total for memory in _engines(case, parallel).values()) <= case.usable
 
 
-def _tensor_parallel(case: _Case, gpus: int) -> int:
+def _parallel(case: _Case, gpus: int) -> _Parallel:
     """Fewest GPUs per engine on which all engines fit; the most there can be where they never do. vLLM gives every GPU
-    equally many heads."""
+    of a node equally many heads."""
     heads = math.gcd(case.source.heads, case.target.heads)
-    possible = [n for n in TENSOR_PARALLEL if n <= gpus and heads % n == 0]
+    possible = [parallel for parallel in PARALLEL if parallel.gpus <= gpus and heads % parallel.tensor == 0]
     return next((n for n in possible if _engines_fit(case, n)), possible[-1])
 
 
-def _larger_base(case: _Case, parallel: int) -> str:
+def _larger_base(case: _Case, parallel: _Parallel) -> str:
     engines = _engines(case, parallel)
     return max(("target", "source"), key=lambda base: engines[base].total)
 
 
-def _synthesize(case: _Case, gpus: int, parallel: int) -> GpuStage:
+def _synthesize(case: _Case, gpus: int, parallel: _Parallel) -> GpuStage:
     settings = case.config.synthesis
-    engines = gpus // parallel
+    engines = gpus // parallel.gpus
     shard = min(settings.shard_size, max(settings.samples // engines, 8))  # else some engines get none
     length = _longest(case.config)
     written = settings.samples * (settings.max_prompt_tokens + settings.max_response_tokens)
@@ -293,18 +308,19 @@ def _synthesize(case: _Case, gpus: int, parallel: int) -> GpuStage:
     seconds = _engine_seconds(case.kind, case.source, settings.dtype, length, written, read)
     return case.stage(
         gpus,
-        engines * parallel,
-        seconds / (engines * parallel),
+        engines * parallel.gpus,
+        seconds / (engines * parallel.gpus),
         _engines(case, parallel)["synthesize"].total / 1e9,
         {
             "synthesis.engines": engines,
-            "synthesis.tensor_parallel": parallel,
+            "synthesis.tensor_parallel": parallel.tensor,
+            "synthesis.pipeline_parallel": parallel.nodes,
             "synthesis.shard_size": shard,
         },
     )
 
 
-def _evaluate(case: _Case, gpus: int, parallel: int) -> GpuStage:
+def _evaluate(case: _Case, gpus: int, parallel: _Parallel) -> GpuStage:
     """One engine, first with the source and then with the target; every model writes all the tokens it may, and every
     prompt is read twice: to be answered, and to score the reference."""
     settings, seconds = case.config.evaluation, 0.0
@@ -316,7 +332,7 @@ def _evaluate(case: _Case, gpus: int, parallel: int) -> GpuStage:
                 case.kind, shape, settings.dtype, length, asked * answer, 2 * asked * length
             )
     memory = _engines(case, parallel)[_larger_base(case, parallel)]
-    return case.stage(gpus, parallel, seconds / parallel, memory.total / 1e9, {})
+    return case.stage(gpus, parallel.gpus, seconds / parallel.gpus, memory.total / 1e9, {})
 
 
 def _questions(config: Config) -> list[tuple[int, int, int]]:

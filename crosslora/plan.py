@@ -228,6 +228,7 @@ def _memory(config: Config, source: Shape, target: Shape, adapters: list[Adapter
         slots=1,
         dtype=synthesis.dtype,
         tensor_parallel=synthesis.tensor_parallel,
+        nodes=synthesis.pipeline_parallel,
         length=2 * synthesis.max_prompt_tokens + synthesis.max_response_tokens,
     )
     student = fit_memory(

@@ -166,7 +166,7 @@ def _rehearsal(shape: Shape, number_bytes: int) -> float:
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Bytes of one tensor-parallel rank of a vLLM engine, at the least that is worth running."""
+    """Bytes of one GPU of a vLLM engine, at the least that is worth running."""
 
     weights: float
     lora: float
@@ -178,9 +178,10 @@ class EngineMemory:
 
 
 def engine_memory(
-    shape: Shape, *, rank: int, slots: int, dtype: str, tensor_parallel: int, length: int
+    shape: Shape, *, rank: int, slots: int, dtype: str, tensor_parallel: int, nodes: int, length: int
 ) -> EngineMemory:
-    """`slots` adapters of `rank` on all linears; CONCURRENT sequences of `length` tokens in the cache.
+    """`slots` adapters of `rank` on all linears; CONCURRENT sequences of `length` tokens in the cache. The layers are
+    spread over `nodes`, each of them over `tensor_parallel` GPUs.
 
     vLLM shares a LoRA as it shares its linear, whose side on the residual stream every rank has whole
     (vllm/lora/layers, fully_sharded_loras left off).
@@ -188,7 +189,7 @@ def engine_memory(
     s = BYTES[dtype]
     whole = shape.linears * shape.hidden
     return EngineMemory(
-        weights=s * shape.parameters / tensor_parallel,
-        lora=s * rank * slots * (whole + (shape.linear_widths - whole) / tensor_parallel),
-        kv_cache=s * 2 * shape.layers * shape.key * length * CONCURRENT / tensor_parallel,
+        weights=s * shape.parameters / tensor_parallel / nodes,
+        lora=s * rank * slots * (whole + (shape.linear_widths - whole) / tensor_parallel) / nodes,
+        kv_cache=s * 2 * shape.layers * shape.key * length * CONCURRENT / tensor_parallel / nodes,
     )

@@ -19,7 +19,7 @@ from crosslora.topology import meta_model
 from tests.tiny import bare_config
 
 LEARNED = 100_000_000
-ENGINE: Any = {"dtype": "bfloat16", "tensor_parallel": 4, "length": 512}
+ENGINE: Any = {"dtype": "bfloat16", "tensor_parallel": 4, "nodes": 1, "length": 512}
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +82,14 @@ def test_a_lora_is_counted_as_peft_makes_it() -> None:
     model = get_peft_model(meta_model(config), lora, low_cpu_mem_usage=True)
     numbers = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     memory = engine_memory(
-        Shape.of(config), rank=16, slots=1, dtype="bfloat16", tensor_parallel=1, length=512
+        Shape.of(config), rank=16, slots=1, dtype="bfloat16", tensor_parallel=1, nodes=1, length=512
     )
     assert memory.lora == 2 * numbers == 2 * 16 * 32 * (7 * 4096 + 2 * 4096 + 2 * 1024 + 3 * 14_336)
 
 
 def test_tensor_parallel_ranks_share_all_but_the_context_and_half_of_the_lora(large: Shape) -> None:
     one, four = (
-        engine_memory(large, rank=16, slots=1, dtype="bfloat16", tensor_parallel=n, length=512)
+        engine_memory(large, rank=16, slots=1, dtype="bfloat16", tensor_parallel=n, nodes=1, length=512)
         for n in (1, 4)
     )
     assert one.weights == 2 * large.parameters
@@ -208,14 +208,22 @@ def test_what_does_not_fit_is_said_with_what_would(large: Shape, config: Config)
         gpu_plan(config, large, large, rank=16, learned=1, gpu="B200", gpus=None)
 
 
+def test_a_teacher_too_large_for_a_node_is_spread_over_two(config: Config) -> None:
+    shape = Shape.of(MODELS["Llama-3.1-405B"])
+    plan = gpu_plan(config, shape, shape, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=64)
+    assert plan.synthesize is not None and plan.synthesize.gpus == 64
+    assert "-s synthesis.tensor_parallel=8 -s synthesis.pipeline_parallel=2" in plan.advice
+
+
 def test_the_advice_names_what_would_change_it(large: Shape) -> None:
-    """A 405B teacher fits on no node of 8 x 80 GB, whatever the texts; a 70B one does with shorter texts."""
+    """A base of 1.6T fits on no four nodes of 8 x 80 GB, whatever the texts; a 70B one does with shorter texts."""
 
     def advice(shape: Shape, gpus: int, **sections: Any) -> str:
         config = bare_config(**sections)
         return gpu_plan(config, shape, shape, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=gpus).advice
 
-    largest = advice(Shape.of(MODELS["Llama-3.1-405B"]), 64)
+    huge = replace(large, parameters=1_600_000_000_000)
+    largest = advice(huge, 64)
     assert largest.startswith("synthesize cannot run on 64 x H100-80GB; no number of them will do")
     assert largest.endswith("72.0 are usable: take a kind with more memory") and "max_tokens" not in largest
     long = advice(large, 64, synthesis={"max_response_tokens": 32_768}, fit={"max_tokens": 1024})
