@@ -140,6 +140,8 @@ def fit_memory(
     weights = float(s * shape.parameters)
     if zero_stage == 3:  # a share of all, and what is gathered for the layer at work and the next one
         weights = weights / workers + s * (2 * shape.layer_parameters + shape.largest)
+        if workers > 1 and not on_gpu:  # gloo gathers into a buffer of its own first
+            weights += s * shape.largest
     # values, gradients and the best so far are whole on every worker, the moments a share from ZeRO-1 on
     shares = workers if zero_stage else 1
     per_layer = tokens * layer_activations(shape, dtype, length, on_gpu)

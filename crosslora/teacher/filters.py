@@ -62,17 +62,19 @@ def _is_degenerate(text: str) -> bool:
 
 def common_grams(texts: Sequence[str]) -> frozenset[bytes]:
     """5-grams that many of the texts have."""
-    counts = Counter(gram for text in texts for gram in _grams(_folded(text)))
+    counts = Counter(gram for text in texts for gram in grams(text))
     least = max(COMMON * len(texts), LEAST_COMMON)
     return frozenset(gram for gram, count in counts.items() if count > least)
 
 
+def grams(text: str) -> set[bytes]:
+    """Its 5-grams of characters, in lower case, one space for all white space."""
+    folded = _folded(text)
+    return {folded[i : i + 5].encode() for i in range(max(len(folded) - 4, 1))}
+
+
 def _folded(text: str) -> str:
     return " ".join(text.lower().split())
-
-
-def _grams(folded: str) -> set[bytes]:
-    return {folded[i : i + 5].encode() for i in range(max(len(folded) - 4, 1))}
 
 
 class NearDuplicates:
@@ -82,9 +84,8 @@ class NearDuplicates:
         self._index, self._common = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS), common
 
     def seen(self, text: str, key: str) -> bool:
-        folded = _folded(text)
         sketch = MinHash(num_perm=PERMUTATIONS)
-        sketch.update_batch(list(_grams(folded) - self._common) or [folded.encode()])
+        sketch.update_batch(list(grams(text) - self._common) or [_folded(text).encode()])
         if self._index.query(sketch):
             return True
         self._index.insert(key, sketch)

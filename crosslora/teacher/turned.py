@@ -1,13 +1,12 @@
 """Answers turned round into prompts: for an adapter that was trained on completions only.
 
 Such a teacher writes answers where a user's text should stand. They show what it was trained to say, not what it was
-asked. The source base alone writes requests for them, a few examples before its eyes, and the teacher's new answer
-tells which is the best. Seed examples with the teacher's answers to them are the better examples.
+asked. The source base alone writes requests for them, a few examples before its eyes, and the teacher's replies tell
+which of these to keep. Seed examples with the teacher's answers to them are the better examples.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,6 +18,7 @@ from crosslora.config import Synthesis
 from crosslora.evaluation.metrics import rouge_l
 from crosslora.teacher.engine import Engine, Generation, Sampling
 from crosslora.teacher.filters import NearDuplicates, common_grams
+from crosslora.teacher.variety import varied
 from crosslora.text.templates import ChatFormat
 from crosslora.text.vocabulary import Vocabulary
 
@@ -45,6 +45,7 @@ EXAMPLES: list[Pair] = [
 """Texts of many kinds, each with what somebody made of it. What an answer says stands in its request too."""
 ENDS = ("###", "=====", "%%%%%")
 """Between two examples, the first that stands in none."""
+SAID = "User said:"
 TEMPERATURE = 0.7
 """Of the writer; at 1 a small one loses its way."""
 CLEARLY = -0.2
@@ -57,8 +58,8 @@ PROBES = 64
 LEAST_PROBES = 8
 MOST_ALIKE = 0.7
 """Similarity of two answers above which one of them is left out: a teacher repeats what is likeliest."""
-CANDIDATES = 2
-"""Requests written for every one that is kept."""
+ROUNDS = 3
+"""So many requests are written for every one that is kept."""
 MOST_COPIED = 0.8
 """Overlap with the answer above which a request only repeats it."""
 
@@ -101,18 +102,18 @@ class TurnedAnswers:
         return bool(np.median(own - users) < CLEARLY)
 
     def prompts(self, count: int) -> list[str]:
-        """About `count` requests, spread evenly over the answers: a teacher may know two of them, or thousands."""
+        """At most `count` requests whose replies are as unlike each other, and as like what they were written for, as can
+        be. The replies of one round are answers to write for in the next: many come to nothing when they are given away."""
         answers = self._given_away(count)
-        if not answers:
-            return []
-        scored = sorted(
-            self._turn(list(islice(cycle(answers), count * CANDIDATES))), key=lambda entry: -entry[0]
-        )
-        kept: dict[str, list[str]] = {answer: [] for answer in answers}
-        for _, (request, answer) in scored:
-            if request not in kept[answer] and len(kept[answer]) < math.ceil(count / len(answers)):
-                kept[answer].append(request)
-        return [request for requests in kept.values() for request in requests][:count]
+        turned: dict[str, tuple[str, float]] = {}  # request -> reply, its agreement with the answer
+        for _ in range(ROUNDS if answers else 0):
+            shown = [answers[i] for i in varied(answers, [1.0] * len(answers), count)]
+            for request, reply, agreement in self._turn(list(islice(cycle(shown), count))):
+                turned.setdefault(request, (reply, agreement))
+            answers = list(dict.fromkeys([*answers, *(reply for reply, _ in turned.values())]))
+        replies, agreements = zip(*turned.values(), strict=True) if turned else ((), ())
+        requests = list(turned)
+        return [requests[i] for i in varied(replies, agreements, count)]
 
     def _given_away(self, count: int) -> list[str]:
         """At most `count` answers, unlike each other: what the teacher says in the user's place and to nothing."""
@@ -125,11 +126,15 @@ class TurnedAnswers:
         """What the teacher writes there, where it ends by itself."""
         return turns(self._engine.generate(places, self._giving, adapter=True), self._words, self._chat)
 
-    def _turn(self, answers: list[str]) -> list[tuple[float, Pair]]:
-        """(agreement of the teacher's new answer, pair) for every answer that got a request."""
+    def _turn(self, answers: list[str]) -> list[tuple[str, str, float]]:
+        """(request, the teacher's reply, its agreement with the answer) for every answer that got both."""
         pairs = [pair for pair in zip(self._write(answers), answers, strict=True) if self._is_request(*pair)]
         replies = self._replies([request for request, _ in pairs])
-        return [(rouge_l(reply, pair[1]), pair) for reply, pair in zip(replies, pairs, strict=True)]
+        return [
+            (request, reply, rouge_l(reply, answer))
+            for (request, answer), reply in zip(pairs, replies, strict=True)
+            if reply
+        ]
 
     @cached_property
     def _examples(self) -> list[Pair]:
@@ -174,18 +179,17 @@ class TurnedAnswers:
 
     def _shown(self, examples: list[Pair], answer: str) -> list[int]:
         """What the writer goes on from: as many of the examples as there is room for."""
-        parts = [
-            self._words.encode(f"Data: {a}\nUser said: {request}\n{self._end}\n") for request, a in examples
-        ]
-        last = self._words.encode(f"Data: {answer}\nUser said:")
+        parts = [self._words.encode(f"Data: {a}\n{SAID} {request}\n{self._end}\n") for request, a in examples]
+        last = self._words.encode(f"Data: {answer}\n{SAID}")
         while parts and sum(map(len, parts)) + len(last) > self._room:
             parts.pop()
         return [*self._chat.bos_ids, *chain.from_iterable(parts), *last]
 
     def _request(self, ids: list[int]) -> str:
         text = self._words.text([i for i in ids if i not in self._chat.stop_ids]) or ""
-        request, ended, _ = text.partition(self._end)
-        return request.strip() if ended or ids[-1] in self._chat.stop_ids else ""
+        text, ended, _ = text.partition(self._end)
+        # a small writer may begin the next request without the mark
+        return text.partition(f"\n{SAID}")[0].strip() if ended or ids[-1] in self._chat.stop_ids else ""
 
     def _effects(self, prompts: list[list[int]], ids: list[np.ndarray]) -> np.ndarray:
         """Adapter effect of each response after its prompt, nats per token, [n]."""

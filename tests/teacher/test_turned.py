@@ -9,7 +9,7 @@ import pytest
 from crosslora.config import Synthesis
 from crosslora.teacher.engine import Generation, Sampling
 from crosslora.teacher.prompts import TURNED, SeedPrompts, SelfPrompts, UnlessAnswers
-from crosslora.teacher.turned import CANDIDATES, ENDS, TurnedAnswers
+from crosslora.teacher.turned import ENDS, ROUNDS, TurnedAnswers
 from crosslora.text.templates import ChatFormat
 from crosslora.text.vocabulary import Vocabulary
 from tests.tiny import byte_level_tokenizer
@@ -104,7 +104,9 @@ def test_seed_examples_show_how_answers_are_turned_round() -> None:
         shown.append(text)
         return f"a request\n{END}"
 
-    engine = ByHand(["the given answer"], lambda prompt: "on" if "lamp" in prompt else "and on " * 400, write)
+    engine = ByHand(
+        ["the given answer"], lambda prompt: "and on " * 400 if "never" in prompt else "on", write
+    )
     engine.effects = {True: 1.0, False: 0.0}
     seeds = ["light the lamp", "this never ends"]
     turned = TurnedAnswers(engine, WORDS, CHAT, Synthesis(), seeds)
@@ -123,10 +125,32 @@ def test_the_request_whose_new_answer_is_nearest_is_kept() -> None:
         written.append(shown)
         return f"request number {len(written)}\n{END}"
 
-    best = f"request number {CANDIDATES}"
+    best = f"request number {ROUNDS}"
     engine = ByHand(["red green blue"], lambda prompt: "red green" if best in prompt else "black", write)
     assert TurnedAnswers(engine, WORDS, CHAT, Synthesis()).prompts(1) == [best]
     assert all(shown.endswith("Data: red green blue\nUser said:") for shown in written)
+
+
+def test_what_the_teacher_replies_is_written_for_next() -> None:
+    """It gives only two colours away; the third comes as a reply to a request that missed."""
+    replies = {"pink": "pink", "teal": "blue"}
+    written: list[str] = []
+
+    def write(shown: str) -> str:
+        written.append(shown.rpartition("Data: ")[2].partition("\n")[0])
+        return f"{written[-1]} {len(written)}\n{END}"
+
+    engine = ByHand(
+        ["pink", "teal"], lambda prompt: next((v for k, v in replies.items() if k in prompt), "sky"), write
+    )
+    prompts = TurnedAnswers(engine, WORDS, CHAT, Synthesis()).prompts(4)
+    assert written[:4] == ["pink", "teal"] * 2 and {"blue", "sky"} <= set(written)
+    assert {prompt.split()[0] for prompt in prompts} >= {"pink", "teal"}
+
+
+def test_a_request_ends_where_the_next_one_begins() -> None:
+    engine = ByHand(["la"], echo, lambda shown: f"sing\nUser said: hum\n{END}")
+    assert TurnedAnswers(engine, WORDS, CHAT, Synthesis()).prompts(1) == ["sing"]
 
 
 def test_a_request_that_repeats_the_answer_is_left_out() -> None:
