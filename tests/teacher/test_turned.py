@@ -145,7 +145,7 @@ def test_what_the_teacher_replies_is_written_for_next() -> None:
     )
     prompts = TurnedAnswers(engine, WORDS, CHAT, Synthesis()).prompts(4)
     assert written[:4] == ["pink", "teal"] * 2 and {"blue", "sky"} <= set(written)
-    assert {prompt.split()[0] for prompt in prompts} >= {"pink", "teal"}
+    assert {prompt.split()[0] for prompt in prompts} == {"pink", "sky"}  # the replies to these agree
 
 
 def test_a_request_ends_where_the_next_one_begins() -> None:
