@@ -69,14 +69,15 @@ CONFIG = parse_config(
 def learned_numbers(source: Shape, target: Shape) -> int:
     """As plan.py counts them: maps in the span of the factors, and a residual of the adapter's rank on every linear."""
     layers = min(source.layers, target.layers)
-    spans = {
-        "hidden": (5, 2),
-        "query": (1, 1),
-        "key": (0, 2),
-        "mlp": (1, 2),
-    }  # roles that read and write a width
+    spans = [  # width of a space, roles that read it, roles that write it; values are as wide as keys
+        ("hidden", 5, 2),
+        ("query", 1, 1),
+        ("key", 0, 1),
+        ("key", 0, 1),
+        ("mlp", 1, 2),
+    ]
     learned = 0
-    for width, (reads, writes) in spans.items():
+    for width, reads, writes in spans:
         most, stacked = getattr(source, width), RANK * layers
         learned += getattr(target, width) * (min(most, stacked * reads) + min(most, stacked * writes))
     per_layer = 5 * target.hidden + 2 * target.query + 2 * target.key + 2 * target.hidden + 3 * target.mlp
