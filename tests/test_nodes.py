@@ -122,10 +122,14 @@ def test_the_job_ends_with_its_stage(early_shards: dict[int, str], folder: RunFo
 def test_no_sample_is_lost_or_doubled_and_finished_shards_stay(
     early_shards: dict[int, str], folder: RunFolder
 ) -> None:
-    assert any(event["event"] == "engine_lost" for event in events(folder, "synthesize"))
+    told = events(folder, "synthesize")
+    assert any(event["event"] == "engine_lost" for event in told)
+    written = {event["shard"]: event["samples"] for event in told if event["event"] == "shard"}
+    assert min(written.values()) >= SHARD * 3 // 4, "the file gives its share of the prompts in any case"
     ids = [sample.sample_id for sample in read_samples(folder, "synthesize/tiny")]
-    prefixes = [f"{index:05d}" for index in range(SAMPLES // SHARD)]
-    assert len(set(ids)) == len(ids) and {name.split("-")[0] for name in ids} == set(prefixes)
+    assert ids == [
+        f"{index:05d}-{row:05d}" for index in range(SAMPLES // SHARD) for row in range(written[index])
+    ]
     assert early_shards and early_shards.items() <= shards(folder).items()
 
 
