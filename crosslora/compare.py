@@ -13,6 +13,9 @@ from rich.table import Table
 from crosslora.errors import UserError
 from crosslora.run_folder import RunFolder
 
+LOG_WIDTH = 200
+"""Columns of a file or a job's log, where nothing says how wide it is: at rich's 80 the intervals would be cut off."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -82,7 +85,10 @@ def show(rows: Sequence[Row]) -> None:
         scores = (row.target_base, row.student, row.teacher, row.rho_teacher)
         names = map(escape, (row.run, row.adapter, row.task, row.metric))
         table.add_row(*names, str(row.n), *map(_cell, scores))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    console.print(table)
 
 
 def _cell(score: list[float] | None) -> str:

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from crosslora.config import Config
 from crosslora.errors import UserError
 
 STAGES = ("synthesize", "filter", "fit", "export", "evaluate")
+PASSWORD = re.compile(r"://[^/@]*:(?!\d+/)[^@]*@")
+"""User and password before the host of a URI, also where a slash of the password was not escaped; a port is none."""
 
 
 def digest(value: Any) -> str:
@@ -42,6 +45,11 @@ class RunFolder:
 
     @classmethod
     def open(cls, uri: str) -> RunFolder:
+        if PASSWORD.search(uri):
+            raise UserError(
+                f"run: {PASSWORD.sub('://...@', uri)} holds credentials, which run.json and messages would show; leave them out "
+                "and set the environment variables of the store (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://)"
+            )
         try:
             if "://" in uri:
                 filesystem, root = arrow_fs.FileSystem.from_uri(uri)

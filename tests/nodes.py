@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -88,12 +88,21 @@ class Nodes:
         if code := job.wait():
             raise subprocess.CalledProcessError(code, command)
 
-    def begin_job(self, *command: str | Path) -> "subprocess.Popen[bytes]":
+    def begin_job(
+        self, *command: str | Path, environment: Sequence[str] = ("--working-dir", ".")
+    ) -> "subprocess.Popen[bytes]":
         """`ray job submit`, which ends with the job and fails with it."""
         self._last_job = f"job-{uuid.uuid4().hex}"
-        options = ["--working-dir", ".", "--submission-id", self._last_job]
+        options = [*environment, "--submission-id", self._last_job]
         arguments: list[str | Path] = [*self._ray, "job", "submit", *options, "--", *command]
         return subprocess.Popen(arguments, env=self._environment, cwd=ROOT)
+
+    def ask(self, command: str) -> str:
+        """What `ray job logs` or `ray job status` (with the end of the log where it failed) says of the last job."""
+        asked = [*self._ray, "job", command, self._last_job]
+        return subprocess.run(
+            asked, env=self._environment, cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout
 
     def stop_job(self) -> None:
         """`ray job stop` for the last one."""

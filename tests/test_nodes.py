@@ -5,6 +5,7 @@ The two workers fit with ZeRO-3. The first job ends with the export; the second,
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -111,7 +112,27 @@ def early_shards(nodes: Nodes, config_file: Path, folder: RunFolder) -> dict[int
     nodes.lose_node_of("RayTrainWorker")
     nodes.add()
     assert job.wait() == 0
+    config_file.with_name("job.log").write_text(nodes.ask("logs"))
     return early
+
+
+def test_a_mistake_fails_the_job_with_a_sentence(nodes: Nodes, config_file: Path) -> None:
+    """Submitted with the environment that the project brings."""
+    job = nodes.begin_job(
+        *("python", "ray_jobs/transfer.py", "--config", config_file, "fit.workers=2", "fit.batch_size=7"),
+        environment=["--runtime-env", "ray_jobs/runtime_env.yaml"],
+    )
+    assert job.wait() != 0
+    said = nodes.ask("status")
+    assert "' failed" in said and "failed with exit code 2" in said
+    assert said.rstrip().endswith("fit.batch_size: 7 does not divide into workers x micro_batches = 2")
+    assert "Traceback" not in said, "the end of the log is in it"
+
+
+def test_the_log_of_a_job_tells_how_far_it_is(early_shards: dict[int, str], config_file: Path) -> None:
+    log = config_file.with_name("job.log").read_text()
+    assert re.search(rf"^synthesize: {SAMPLES}/{SAMPLES} samples.* response tokens/s$", log, re.MULTILINE)
+    assert re.search(rf"^fit: {STEPS}/{STEPS} steps.* loss \d\.\d+", log, re.MULTILINE)
 
 
 def test_the_job_ends_with_its_stage(early_shards: dict[int, str], folder: RunFolder) -> None:
@@ -122,10 +143,14 @@ def test_the_job_ends_with_its_stage(early_shards: dict[int, str], folder: RunFo
 def test_no_sample_is_lost_or_doubled_and_finished_shards_stay(
     early_shards: dict[int, str], folder: RunFolder
 ) -> None:
-    assert any(event["event"] == "engine_lost" for event in events(folder, "synthesize"))
+    told = events(folder, "synthesize")
+    assert any(event["event"] == "engine_lost" for event in told)
+    written = {event["shard"]: event["samples"] for event in told if event["event"] == "shard"}
+    assert min(written.values()) >= SHARD * 3 // 4, "the file gives its share of the prompts in any case"
     ids = [sample.sample_id for sample in read_samples(folder, "synthesize/tiny")]
-    prefixes = [f"{index:05d}" for index in range(SAMPLES // SHARD)]
-    assert len(set(ids)) == len(ids) and {name.split("-")[0] for name in ids} == set(prefixes)
+    assert ids == [
+        f"{index:05d}-{row:05d}" for index in range(SAMPLES // SHARD) for row in range(written[index])
+    ]
     assert early_shards and early_shards.items() <= shards(folder).items()
 
 

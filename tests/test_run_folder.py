@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
 import pytest
 
 from crosslora.errors import UserError
-from crosslora.run_folder import RunFolder, differences, stage_states
+from crosslora.run_folder import PASSWORD, RunFolder, differences, stage_states
 
 
 def opened(path: Path) -> RunFolder:
@@ -70,6 +71,24 @@ def test_damaged_json_is_named(tmp_path: Path) -> None:
 def test_unknown_filesystems_are_refused() -> None:
     with pytest.raises(UserError, match="nonsense://x"):
         RunFolder.open("nonsense://x")
+
+
+@pytest.mark.parametrize("secret", ["secret", "s3cr/et", ""])
+def test_credentials_in_a_uri_are_refused_and_not_repeated(secret: str) -> None:
+    with pytest.raises(UserError) as refused:
+        RunFolder.open(f"s3://key:{secret}@bucket/run")
+    assert re.match(
+        r"run: s3://\.\.\.@bucket/run holds credentials.*leave them out.*AWS_SECRET_ACCESS_KEY",
+        str(refused.value),
+    )
+    assert "key:" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "uri", ["abfs://container@account.dfs.core.windows.net/run", "hdfs://host:8020/a@b", "s3://bucket/a:b"]
+)
+def test_containers_and_ports_are_no_credentials(uri: str) -> None:
+    assert not PASSWORD.search(uri)
 
 
 def test_events_are_lines_of_json(tmp_path: Path) -> None:

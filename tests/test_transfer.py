@@ -6,6 +6,7 @@ worker began is ended by two with ZeRO-2 (tests/test_nodes.py has ZeRO-3). Each 
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -70,6 +71,7 @@ def run(config: Config, config_file: Path, tmp_path_factory: pytest.TempPathFact
     job += ["fit.workers=2", "fit.zero_stage=2"]
     with Nodes(tmp_path_factory.mktemp("link"), head_cpus=os.cpu_count() or 1) as nodes:
         nodes.job(*job)
+        config_file.with_name("job.log").write_text(nodes.ask("logs"))
     return Path(config.run)
 
 
@@ -114,6 +116,17 @@ def test_the_adapter_arrives(run: Path) -> None:
     assert (run / "evaluate/snips/chart.png").read_bytes().startswith(b"\x89PNG")
     assert "| student |" in (run / "evaluate/snips/report.md").read_text()
     assert "of the teacher's gain on snips" in (run / "evaluate/snips/report.html").read_text()
+
+
+def test_the_log_of_a_job_ends_with_its_results(config: Config, run: Path) -> None:
+    table, _, last = run.with_name("job.log").read_text().rstrip().rpartition("\n")
+    assert last == f"adapter: {config.run}/export/snips"
+    results = json.loads((run / "evaluate/snips/results.json").read_text())
+    for task in ("snips", "held_out"):
+        result = results["tasks"][task]
+        student = result["models"]["student"]["metrics"][result["metric"]]
+        assert re.search(rf"{task} .* {student['mean']:.3f} ", table)
+        assert f"{student['low']:.3f}-{student['high']:.3f}" in table
 
 
 def test_the_fit_went_on_from_its_checkpoint(run: Path) -> None:
