@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from openai import NotFoundError, OpenAI
+from pyarrow import fs as arrow_fs
 
 from crosslora.config import Config
 from crosslora.evaluation.harness import evaluate_run
@@ -161,6 +162,26 @@ def test_the_fit_goes_on_from_its_checkpoint(early_shards: dict[int, str], folde
     steps = [event["step"] for event in fitted if event["event"] == "step"]
     assert set(steps) == set(range(1, STEPS + 1))
     assert len(steps) - len(set(steps)) <= 10, "checkpoint_every at most"
+
+
+def test_losses_after_a_lost_node_are_those_of_an_undisturbed_fit(
+    early_shards: dict[int, str], nodes: Nodes, config_file: Path, folder: RunFolder, store: str
+) -> None:
+    """By as many workers, on the same corpus."""
+    calm = RunFolder.open(f"{store}/calm")
+    arrow_fs.copy_files(folder.root, calm.root, folder.filesystem, calm.filesystem)
+    for stage in ("fit", "export"):
+        calm.remove(stage)
+    nodes.job(
+        *("python", "ray_jobs/fit.py", "--config", config_file), "cluster.address=auto", f"run={calm.uri}"
+    )
+    assert not any(event["event"] == "resumed" for event in events(calm, "fit"))
+    assert losses(folder) == pytest.approx(losses(calm), abs=1e-5)
+
+
+def losses(folder: RunFolder) -> dict[int, float]:
+    """Loss of every step, as last reported."""
+    return {event["step"]: event["loss"] for event in events(folder, "fit") if event["event"] == "step"}
 
 
 def test_serve_deploy_serves_student_and_teacher_from_the_bucket(

@@ -22,16 +22,13 @@ MODELS = Path("models").resolve()
 SMOLLM2 = Base(base=str(MODELS / "SmolLM2-135M-Instruct"), chat_template=CHAT_TAGS)
 GEMMA3 = Base(base=str(MODELS / "gemma-3-270m"))
 DIRECTIONS = {"smollm2-gemma3": (SMOLLM2, GEMMA3), "gemma3-smollm2": (GEMMA3, SMOLLM2)}
-SHIPPED = {
-    ("smollm2-gemma3", "snips"): Path("examples/snips/adapter").resolve(),
-    ("gemma3-smollm2", "snips"): Path("examples/snips/gemma-adapter").resolve(),
-}
-"""Source adapters that lie in the repository; the others are trained."""
 SYNTHESIS = {"samples": 1500, "prompt_temperature": 0.8, "max_response_tokens": 128}
 """The demo's. What is not here or in a task is the default of a transfer."""
 BATCH = 4
 SEEDLESS = ("target_base", "teacher", "crop", "cross_lora")
 """Methods that a random seed does not change."""
+SOURCELESS = ("target_base", "oracle")
+"""Methods that the source adapter does not change: tasks of the same rows have one cell of each."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.direction}/{self.task}/{self.method}-{self.random_seed}"
+        task = self.setting.rows.__name__ if self.method in SOURCELESS else self.task
+        return f"{self.direction}/{task}/{self.method}-{self.random_seed}"
 
     @property
     def setting(self) -> BenchmarkTask:
@@ -64,18 +62,12 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Of the adapter that the method makes. Tasks of the same rows have one oracle."""
-        if self.method == "oracle":
-            return (
-                WORK / "adapters" / self.direction / self.setting.rows.__name__ / f"oracle-{self.random_seed}"
-            )
+        """Of the adapter that the method makes."""
         return WORK / "adapters" / self.name
 
     @property
     def source_adapter(self) -> Path:
-        return SHIPPED.get(
-            (self.direction, self.task), WORK / "adapters" / self.direction / self.task / "source"
-        )
+        return WORK / "adapters" / self.direction / self.task / "source"
 
     def config(self) -> Config:
         """Of the transfer whose corpus all trained methods share."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.cells import DIRECTIONS, RESULTS
+from benchmarks.quality.cells import DIRECTIONS, Cell
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.tasks import TASKS
 
@@ -33,7 +33,11 @@ def summarise() -> None:
 
 def _rows(direction: str, task: str, metric: str) -> list[dict[str, Any]]:
     """One for every method that has a cell, in the order of METHODS."""
-    cells = [json.loads(path.read_text()) for path in sorted((RESULTS / direction / task).glob("*.json"))]
+    cells = [
+        json.loads(path.read_text())
+        for method in METHODS
+        for path in sorted(Cell(direction, task, method, 0).result_file.parent.glob(f"{method}-*.json"))
+    ]
     scores = {
         method: [np.array(cell["scores"][metric]) for cell in cells if cell["method"] == method]
         for method in METHODS

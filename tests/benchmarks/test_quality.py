@@ -72,7 +72,6 @@ def _splits(word: str, syllables: set[str], count: int) -> bool:
 
 
 def test_gains_are_ratios_of_means_over_random_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(summary, "RESULTS", tmp_path)
     monkeypatch.setattr("benchmarks.quality.cells.RESULTS", tmp_path)
     scores = {"target_base": [0.2], "oracle": [0.6, 1.0], "default": [0.5, 0.7], "teacher": [0.2]}
     for method, by_seed in scores.items():
@@ -98,7 +97,7 @@ def test_tasks_of_the_same_rows_have_one_oracle() -> None:
     whole, completions = (
         Cell("smollm2-gemma3", task, "oracle", 1) for task in ("snips", "snips-completions")
     )
-    assert whole.folder == completions.folder
+    assert whole.folder == completions.folder and whole.result_file == completions.result_file
     assert whole.folder != Cell("smollm2-gemma3", "facts", "oracle", 1).folder
 
 
