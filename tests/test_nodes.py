@@ -27,6 +27,7 @@ from crosslora.serve import settings, write_config
 from crosslora.serving import free_port
 from crosslora.teacher.corpus import read_samples
 from crosslora.text.templates import ChatFormat
+from tests.checkpoints import check_last_checkpoint
 from tests.nodes import Nodes
 from tests.tiny import load_tokenizer
 from tests.tiny_pair import make_pair, tiny_config
@@ -182,6 +183,12 @@ def test_losses_after_a_lost_node_are_those_of_an_undisturbed_fit(
 def losses(folder: RunFolder) -> dict[int, float]:
     """Loss of every step, as last reported."""
     return {event["step"]: event["loss"] for event in events(folder, "fit") if event["event"] == "step"}
+
+
+def test_checkpoints_of_zero_3_hold_what_is_learned(
+    early_shards: dict[int, str], config: Config, folder: RunFolder
+) -> None:
+    check_last_checkpoint(folder.sub("fit/tiny"), config)
 
 
 def test_serve_deploy_serves_student_and_teacher_from_the_bucket(
