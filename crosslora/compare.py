@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from crosslora.errors import UserError
+from crosslora.progress import output
 from crosslora.run_folder import RunFolder
-
-LOG_WIDTH = 200
-"""Columns of a file or a job's log, where nothing says how wide it is: at rich's 80 the intervals would be cut off."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +82,7 @@ def show(rows: Sequence[Row]) -> None:
         scores = (row.target_base, row.student, row.teacher, row.rho_teacher)
         names = map(escape, (row.run, row.adapter, row.task, row.metric))
         table.add_row(*names, str(row.n), *map(_cell, scores))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = LOG_WIDTH
-    console.print(table)
+    output().print(table)
 
 
 def _cell(score: list[float] | None) -> str:

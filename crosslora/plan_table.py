@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from crosslora.gpu_plan import GpuPlan
 from crosslora.plan import AdapterPlan, Plan
+from crosslora.progress import output
 
 MEMORY = {
     "weights": "weights",
@@ -24,7 +24,7 @@ MEMORY = {
 
 
 def show(plan: Plan) -> None:
-    console = Console(highlight=False)
+    console = output()
     console.print(f"Layers: {len(plan.layer_map)} target layers take source layers {plan.layer_map}")
     console.print(f"Unused source layers: {plan.unused_source_layers or 'none'}")
     if plan.unmapped_modules:

@@ -20,6 +20,8 @@ from rich.progress import (
 SECONDS_BETWEEN_LINES = 15.0
 SECONDS_FOR_A_RATE = 5.0
 """What is shorter says little: answers that were asked for at once also come at once."""
+LOG_WIDTH = 200
+"""Columns of a file or a job's log, which does not say how wide it is: rich's 80 would cut tables."""
 console = Console(stderr=True, highlight=False)
 
 
@@ -83,3 +85,11 @@ def progress(title: str, total: int, unit: str) -> Iterator[Meter]:
 def say(text: str) -> None:
     """One line for a person, beside the bars."""
     console.print(text, soft_wrap=True)
+
+
+def output() -> Console:
+    """Standard output, for what a command was asked for."""
+    printed = Console(highlight=False)
+    if not printed.is_terminal:
+        printed.width = LOG_WIDTH
+    return printed

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -28,7 +27,7 @@ from crosslora.evaluation.metrics import bootstrap_interval, paired_difference, 
 from crosslora.evaluation.results import SOURCE_BASE, STUDENT, TARGET_BASE, TEACHER
 from crosslora.evaluation.tasks import answer_tokens, read_items, score
 from crosslora.models import context_length, load_tokenizer, resolve
-from crosslora.progress import say
+from crosslora.progress import output, say
 from crosslora.run_folder import RunFolder, config_of_run
 from crosslora.serving import serve_models
 from crosslora.text.pair import TokenizerPair
@@ -337,4 +336,4 @@ def show(results: dict[str, dict[str, Any]]) -> None:
                     f"{score['mean']:.3f} ± {score['standard_error']:.3f}",
                     difference if model == STUDENT else "",
                 )
-    Console(highlight=False).print(table)
+    output().print(table)
