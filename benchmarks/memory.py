@@ -31,7 +31,7 @@ from crosslora.models import load_config as load_model_config
 from crosslora.models import resolve
 from crosslora.projection.build import build_transfer
 from crosslora.serving import free_port
-from crosslora.sizing import LONGEST_PLAIN_ATTENTION, Shape, fit_memory
+from crosslora.sizing import HEAP, LONGEST_PLAIN_ATTENTION, Shape, fit_memory
 from crosslora.text.pair import TokenizerPair
 from crosslora.training.losses import Rows, summed_loss
 
@@ -68,6 +68,10 @@ POINTS = [
     Point("reverse", 3, 2, 8, 256, False),
     Point("reverse", 1, 1, 8, 96, False, "float32"),
 ]
+
+
+CALIBRATION = Point("reverse", 1, 1, 8, 128, False)
+"""None of the above: sizing.HEAP, the one constant that was measured, is what activations take here of what is counted."""
 
 
 def settings(point: Point) -> Config:
@@ -208,7 +212,21 @@ def measure(point: Point) -> dict[str, Any]:
         f"{ratio:5.2f}  counted {counted['total'] / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB  {point}",
         flush=True,
     )
-    return {**asdict(point), "measured": measured, "counted": counted, "ratio": round(ratio, 3)}
+    learned = workers[0]["learned"]
+    return {
+        **asdict(point),
+        "learned": learned,
+        "measured": measured,
+        "counted": counted,
+        "ratio": round(ratio, 3),
+    }
+
+
+def heap(row: dict[str, Any]) -> float:
+    """What activations took of what they have, in a measured row."""
+    counted = row["counted"]
+    others = counted["weights"] + counted["learned"] + counted["logits"]
+    return round((row["measured"] - others) / (counted["activations"] / HEAP), 3)
 
 
 def count(point: Point, learned: int) -> dict[str, float]:
@@ -258,7 +276,9 @@ def main() -> None:
     points = [measure(point) for point in chosen]
     if arguments.points is None:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        (HERE / "memory.json").write_text(json.dumps({"device": device, "points": points}, indent=2) + "\n")
+        calibration = measure(CALIBRATION)
+        result = {"device": device, "heap": heap(calibration), "calibration": calibration, "points": points}
+        (HERE / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
         chart(points)
 
 

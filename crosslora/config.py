@@ -104,7 +104,7 @@ class Synthesis(_Section):
     engine: Literal["vllm", "transformers"] = "vllm"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     engines: int = Field(1, ge=1)
-    """Engines that run side by side, each a Ray actor."""
+    """Engines that run side by side, each a Ray actor; one without a place joins when there is room."""
     tensor_parallel: int = Field(1, ge=1)
     """GPUs of one node over which every layer of an engine is spread."""
     pipeline_parallel: int = Field(1, ge=1)

@@ -115,6 +115,19 @@ def test_an_engine_that_waits_for_a_node_gives_up_after_a_time(
     assert states == {"CREATED", "REMOVED"}
 
 
+def test_an_engine_joins_when_there_is_room(
+    two_nodes: None, places: None, config: Config, tmp_path: Path
+) -> None:
+    stage = RunFolder.open(str(tmp_path)).stage("synthesize/a", {})
+    with cluster.board() as board:
+        foreman = synthesize._Foreman(config, tmp_path, stage, deque(), 3, board)
+        ready, waiting = ray.wait([*foreman.starting], num_returns=2, timeout=60)
+        assert len(ready) == 2 and not ray.wait(waiting, timeout=1)[0]
+        foreman._end(foreman.starting[ready[0]])
+        assert ray.get(waiting, timeout=60) == [True]
+        foreman.stop()
+
+
 def test_three_engines_of_eight_gpus_are_refused_with_what_is_there(two_nodes: None) -> None:
     with pytest.raises(
         UserError,

@@ -209,8 +209,9 @@ class _Foreman:
         """When the first engine was ready."""
         self.placed = time.monotonic()
         """When an engine was last seen that had a place."""
-        count = num_engines * len(self.bundles)
-        cluster.require(self.bundles[0], count, "synthesize", self.wait_seconds)
+        cluster.require(
+            self.bundles[0], len(self.bundles), "synthesize", self.wait_seconds
+        )  # others may come later
         for _ in range(num_engines):
             self._start()
 
