@@ -10,6 +10,7 @@ of allocated memory. The most of all workers counts. Needs the demo's models (`m
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -71,7 +72,7 @@ POINTS = [
 
 
 CALIBRATION = Point("reverse", 1, 1, 8, 128, False)
-"""None of the above: sizing.HEAP, the one constant that was measured, is what activations take here of what is counted."""
+"""None of the above: sizing.HEAP, the one constant that was measured, is what activations and logits take here."""
 
 
 def settings(point: Point) -> Config:
@@ -94,6 +95,7 @@ class Peak:
 
     def __init__(self, field: str = "VmRSS") -> None:
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # or what was used before would be taken again and not be counted
         self._field = field
         self._most = self._first = _resident_bytes(field)
         self._stop = threading.Event()
@@ -119,6 +121,7 @@ def worker(point: Point) -> dict[str, Any]:
     """Two steps as training/loop.py takes them; memory of this worker and numbers that it learns."""
     import deepspeed
 
+    from crosslora.training import state
     from crosslora.training.loop import build_engine, build_student, ds_config
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -133,6 +136,7 @@ def worker(point: Point) -> dict[str, Any]:
     engine = build_engine(build_student(config, transfer.projection(residual=True)), ds_config(config.fit))
     head = engine.module.base.get_output_embeddings().weight
     vocabulary = getattr(head, "ds_shape", head.shape)[0]
+    best = state.gather_parameters(engine)  # as the loop keeps it
     started = time.monotonic()
     for _ in range(STEPS):
         ids = torch.randint(vocabulary, (point.sequences, point.length), device=engine.device)
@@ -140,7 +144,7 @@ def worker(point: Point) -> dict[str, Any]:
         rows = _rows(len(hidden), vocabulary, engine.device)
         engine.backward(summed_loss(hidden, rows, engine.module.logits, vocabulary) / len(rows))
         engine.step()
-    learned = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
+    learned = sum(values.numel() for values in best.values())
     return {
         "peak": peak.bytes(),
         "learned": learned,
@@ -223,10 +227,10 @@ def measure(point: Point) -> dict[str, Any]:
 
 
 def heap(row: dict[str, Any]) -> float:
-    """What activations took of what they have, in a measured row."""
+    """Bytes that each byte of activations and logits took, in a measured row."""
     counted = row["counted"]
-    others = counted["weights"] + counted["learned"] + counted["logits"]
-    return round((row["measured"] - others) / (counted["activations"] / HEAP), 3)
+    on_heap = (counted["activations"] + counted["logits"]) / HEAP
+    return round((row["measured"] - counted["weights"] - counted["learned"]) / on_heap, 3)
 
 
 def count(point: Point, learned: int) -> dict[str, float]:

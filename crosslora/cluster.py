@@ -27,7 +27,7 @@ KEEP_FREED_MEMORY = {
 }
 """Environment of a process that computes on CPU: glibc gives every chunk of logits back to the kernel and asks for it
 again, zeroed. A fit worker spent most of its time there, vLLM a tenth."""
-LARGE_BLOCK = 32 << 20
+LARGE_BLOCK = 1 << 20
 """Bytes."""
 SECONDS_BETWEEN_LOOKS = 1.0
 LESS = (
