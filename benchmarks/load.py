@@ -3,8 +3,8 @@
     python -m benchmarks.load
 
 A Llama of 408M random weights, loaded by 1, 2 and 4 workers, each a process. Private is what is no page of a file
-(RssAnon): the most while it loads, less what it was before, the most of all workers. The bound is the share of the weights
-and two of the largest tensor: one that is gathered, and the one that it comes from.
+(RssAnon): the most while it loads, less what it was before, the most of all workers. Beside its share a worker holds some
+of the largest tensor while that is gathered: `tensors` says how many.
 """
 
 from __future__ import annotations
@@ -32,12 +32,11 @@ SHAPE = {
 }
 
 
-def make(folder: str, shape: dict[str, int]) -> tuple[int, int]:
-    """A base of random weights in bfloat16; bytes of all of them and of the largest."""
+def make(folder: str, shape: dict[str, int]) -> int:
+    """A base of random weights in bfloat16; bytes of the largest."""
     model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False)).bfloat16()
     model.save_pretrained(folder)
-    sizes = [parameter.nbytes for parameter in model.parameters()]
-    return sum(sizes), max(sizes)
+    return max(parameter.nbytes for parameter in model.parameters())
 
 
 def worker(folder: str, workers: int) -> dict[str, int]:
@@ -56,19 +55,21 @@ def worker(folder: str, workers: int) -> dict[str, int]:
     )  # imports are not loading
     peak = Peak("RssAnon")
     base = load_base(config)
-    return {"private": peak.bytes(), "kept": sum(p.ds_tensor.nbytes for p in base.parameters())}
+    return {"private": peak.bytes(), "share": sum(p.ds_tensor.nbytes for p in base.parameters())}
 
 
 def measure(shape: dict[str, int], workers: tuple[int, ...]) -> list[dict[str, Any]]:
     """One row for each number of workers, bytes."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        weights, largest = make(folder, shape)
+        largest = make(folder, shape)
         for count in workers:
             command = ["-m", "benchmarks.load", "--worker", folder, str(count)]
             reported = run_workers(command, count, zero_stage=3)
-            most = {name: max(report[name] for report in reported) for name in ("private", "kept")}
-            rows.append({"workers": count, **most, "bound": weights // count + 2 * largest})
+            private = max(report["private"] for report in reported)
+            share = max(report["share"] for report in reported)
+            tensors = round((private - share) / largest, 2)
+            rows.append({"workers": count, "private": private, "share": share, "tensors": tensors})
     return rows
 
 
@@ -86,8 +87,8 @@ def main() -> None:
     )
     for row in rows:
         print(
-            f"{row['workers']} workers: {row['private'] / 1e6:.0f} MB private at the most, bound "
-            f"{row['bound'] / 1e6:.0f} MB, {row['kept'] / 1e6:.0f} MB kept"
+            f"{row['workers']} workers: {row['private'] / 1e6:.0f} MB private at the most, a share of "
+            f"{row['share'] / 1e6:.0f} MB and {row['tensors']} of the largest tensor"
         )
 
 

@@ -32,4 +32,4 @@ def test_the_count_is_within_a_fifth_of_the_measured_peak(row: dict[str, Any]) -
 
 def test_the_one_measured_constant_is_from_a_point_of_its_own() -> None:
     assert point_of(MEASURED["calibration"]) == CALIBRATION not in POINTS
-    assert pytest.approx(HEAP, abs=0.05) == MEASURED["heap"]
+    assert pytest.approx(HEAP, abs=0.1) == MEASURED["heap"]
