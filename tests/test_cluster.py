@@ -120,7 +120,7 @@ def test_an_engine_joins_when_there_is_room(
 ) -> None:
     stage = RunFolder.open(str(tmp_path)).stage("synthesize/a", {})
     with cluster.board() as board:
-        foreman = synthesize._Foreman(config, tmp_path, stage, deque(), 3, board)
+        foreman = synthesize._Foreman(config, tmp_path, stage, deque([0]), 3, board)
         ready, waiting = ray.wait([*foreman.starting], num_returns=2, timeout=60)
         assert len(ready) == 2 and not ray.wait(waiting, timeout=1)[0]
         foreman._end(foreman.starting[ready[0]])
