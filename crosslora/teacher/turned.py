@@ -102,8 +102,8 @@ class TurnedAnswers:
         return bool(np.median(own - users) < CLEARLY)
 
     def prompts(self, count: int) -> list[str]:
-        """At most `count` requests whose replies are as unlike each other, and as like what they were written for, as can
-        be. The replies of one round are answers to write for in the next: many come to nothing when they are given away."""
+        """At most `count` requests, whose replies are as like what they were written for, and as unlike each other, as can
+        be. The replies of one round are written for in the next: some kinds of answers are never given away."""
         answers = self._given_away(count)
         turned: dict[str, tuple[str, float]] = {}  # request -> reply, its agreement with the answer
         for _ in range(ROUNDS if answers else 0):
