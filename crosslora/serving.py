@@ -215,8 +215,10 @@ def _require(resources: Resources, engines: int) -> None:
 
 def _bundles(resources: Resources, engines: int) -> list[cluster.Bundle]:
     """The placement group of a replica."""
-    bundles = cluster.engine_bundles(resources.num_gpus, resources.nodes, resources.at_most * engines)
-    return [{**bundle, "CPU": resources.threads or bundle["CPU"]} for bundle in bundles]
+    if resources.threads:
+        gpus = {"GPU": resources.num_gpus} if resources.num_gpus else {}
+        return [{"CPU": resources.threads, **gpus}]
+    return cluster.engine_bundles(resources.num_gpus, resources.nodes, resources.at_most * engines)
 
 
 @contextmanager
