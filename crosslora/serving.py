@@ -198,6 +198,7 @@ def serve_models(
         resolve(model.base, weights=False)
     with cluster.session(Cluster()), _lifeline() as lifeline, cluster.board() as board:
         app = build(models, resources, api_key, lifeline, board)
+        _refuse_a_second_server()  # before what the first one holds is waited for
         _require(resources, len(models))
         with _running(app, models, host, free_port(host, port)) as url:
             for event in ray.get(board.take.remote()):
@@ -205,6 +206,14 @@ def serve_models(
                     raise UserError(f"{event['adapter']}: {event['why']}")
             names = [name for model in models for name in (model.rules.model, *model.places.listed())]
             yield Endpoint(url, names, board)
+
+
+def _refuse_a_second_server() -> None:
+    if _controller() is not None:
+        raise UserError(
+            "cluster: Ray Serve already runs there and its port cannot be changed; stop it with `serve shutdown`, "
+            "or use another cluster"
+        )
 
 
 def _require(resources: Resources, engines: int) -> None:
@@ -225,11 +234,6 @@ def _bundles(resources: Resources, engines: int) -> list[cluster.Bundle]:
 def _running(app: Any, models: Sequence[Model], host: str, port: int) -> Iterator[str]:
     """Run `app` in Ray Serve, yield its URL, and shut Ray Serve down."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    if _controller() is not None:
-        raise UserError(
-            "cluster: Ray Serve already runs there and its port cannot be changed; stop it with `serve shutdown`, "
-            "or use another cluster"
-        )
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     try:
         serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
