@@ -1,7 +1,8 @@
 """What a transfer takes on GPUs: settings that fit, memory, hours and cost, from the two bases' configurations alone.
 
 Memory is counted in sizing.py. Times are upper bounds in tokens (every prompt and answer as long as allowed) at the
-shares of a GPU's peak that are written below; nothing here was measured on a GPU by this project.
+shares of a GPU's peak that are written below; nothing here was measured on a GPU by this project, and the speeds of links
+and networks are nominal.
 """
 
 from __future__ import annotations
@@ -254,7 +255,8 @@ def _fit_cause(case: _Case, gpus: int) -> str:
 
 
 def _engines(case: _Case, parallel: _Parallel) -> dict[str, EngineMemory]:
-    """One GPU of every engine. Evaluation serves both bases on as many GPUs as an engine of synthesis has, the source with the teacher's adapter and the target with the student and the baselines."""
+    """One GPU of every engine. Evaluation serves both bases on as many GPUs as an engine of synthesis has, the source
+    with the teacher's adapter and the target with the student and the baselines."""
     synthesis, evaluation = case.config.synthesis, case.config.evaluation
     engines = {
         "synthesize": (case.source, synthesis.dtype, 1),
