@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from crosslora import cluster
 from crosslora.adapter import read_adapter, write_adapter
+from crosslora.cluster import SECONDS_BETWEEN_LOOKS
 from crosslora.config import Base, Config, Synthesis
 from crosslora.errors import UserError
 from crosslora.progress import Meter, progress, say
@@ -27,7 +28,6 @@ from crosslora.text.templates import ChatFormat
 
 MOST_ENGINE_LOSSES = 3
 """In a row, without a shard between them."""
-SECONDS_BETWEEN_LOOKS = 1.0
 SPARE = 8
 """Tokens that an engine has beyond the longest text; to score a text it takes one."""
 
