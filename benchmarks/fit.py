@@ -29,6 +29,7 @@ import crosslora
 from crosslora.adapter import read_adapter
 from crosslora.config import Config
 from crosslora.models import load_model, resolve
+from crosslora.precision import decided
 from crosslora.projection.build import build_transfer
 from crosslora.projection.student import Student
 from crosslora.run_folder import RunFolder
@@ -124,7 +125,7 @@ def main() -> None:
     cpus = len(os.sched_getaffinity(0))
     torch.set_num_threads(cpus)
     folder = RunFolder.open(given.run)
-    config = Config.model_validate(folder.read_json("run.json")["config"])
+    config = decided(Config.model_validate(folder.read_json("run.json")["config"]))
     name = config.adapters[0].name
     pair = TokenizerPair.load(config.source, config.target)
     train, _ = read_corpus(folder, f"synthesize/{name}", f"filter/{name}")

@@ -3,8 +3,8 @@
     python -m benchmarks.load
 
 A Llama of 408M random weights, loaded by 1, 2 and 4 workers, each a process. Private is what is no page of a file
-(RssAnon): the most while it loads, less what it was before, the most of all workers. Beside its share a worker holds some
-of the largest tensor while that is gathered: `tensors` says how many.
+(RssAnon): the most while it loads, less what it was before, the most of all workers. `tensors` is what a worker holds
+beside its share, in sizes of the largest tensor.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def worker(folder: str, workers: int) -> dict[str, int]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     pair = {"source": {"base": folder}, "target": {"base": folder}, "adapters": [{"name": "a", "path": "a"}]}
-    fit = {"zero_stage": 3, "workers": workers, "batch_size": workers}
+    fit = {"dtype": "bfloat16", "zero_stage": 3, "workers": workers, "batch_size": workers}
     config = parse_config({"run": "run", **pair, "fit": fit}, Path.cwd())
     LlamaForCausalLM(
         LlamaConfig(num_hidden_layers=1, hidden_size=64, vocab_size=64)

@@ -43,6 +43,7 @@ from crosslora.evaluation.harness import (
 from crosslora.evaluation.results import SOURCE_BASE, STUDENT, TARGET_BASE, TEACHER, installed
 from crosslora.evaluation.tasks import Answer, answer_tokens, read_items, score
 from crosslora.models import load_tokenizer, resolve
+from crosslora.precision import decided
 from crosslora.progress import say
 from crosslora.run_folder import RunFolder, config_of_run
 from crosslora.serving import serve_models
@@ -232,6 +233,7 @@ def main() -> None:
     if given.dtype:
         evaluation = config.evaluation.model_copy(update={"dtype": given.dtype})
         config = config.model_copy(update={"evaluation": evaluation})
+    config = decided(config)
     questions = Questions(config, given.items, given.task_data, given.plain_lora)
     result: dict[str, Any] = {
         "versions": installed(),

@@ -25,6 +25,7 @@ from unittest.mock import Mock, patch
 
 import crosslora
 from crosslora.config import Config, load_config
+from crosslora.precision import decided
 from crosslora.vllm_settings import environment, lora_options
 
 HERE = Path(__file__).resolve().parent
@@ -117,7 +118,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.child:
         name, folder = given.child[0], Path(given.child[1])
-        config, prompts = load_config(CONFIG), folder / "prompts.json"
+        config, prompts = decided(load_config(CONFIG)), folder / "prompts.json"
         ours = name == CROSSLORA
         result = run_crosslora(config, given.samples, prompts) if ours else run_plain(config, name, prompts)
         (folder / f"{name}.json").write_text(json.dumps(result))

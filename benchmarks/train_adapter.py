@@ -4,7 +4,7 @@
 
 All linears of every layer, the loss on the whole conversation (user turn included) in the base's own chat format, or on
 the completions only; AdamW with a linear warm-up over a twentieth of the steps and a linear decay to zero. On the CPU,
-in bfloat16.
+in what it computes fast in.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from crosslora.config import Base
 from crosslora.models import load_format, load_model, resolve
+from crosslora.precision import chosen
 from crosslora.progress import progress
 from crosslora.projection.student import logits_of
 from crosslora.text.templates import ChatFormat
@@ -33,6 +34,7 @@ GRADIENT_NORM = 1.0
 WINDOW = 8
 """Batches among which conversations are sorted by length, so that little is spent on padding."""
 IGNORED = -100
+DTYPE = chosen("auto", on_gpu=False)
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def train(base: Base, rows: Sequence[dict[str, str]], recipe: Recipe, title: str
     settings = LoraConfig(
         r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    model = get_peft_model(load_model(folder, "bfloat16"), settings).train()
+    model = get_peft_model(load_model(folder, DTYPE), settings).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
     warm = max(round(WARM_UP * recipe.steps), 1)

@@ -205,8 +205,9 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
     dtype: Annotated[
-        Literal["bfloat16", "float32"], typer.Option(help="What the engines compute in.")
-    ] = "bfloat16",
+        Literal["auto", "bfloat16", "float32"],
+        typer.Option(help="What the engines compute in; auto: bfloat16 where the device multiplies it."),
+    ] = "auto",
     max_model_len: Annotated[
         int | None, typer.Option(min=16, help="Longest prompt and answer, in tokens.  [default: up to 4096]")
     ] = None,

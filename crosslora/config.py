@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from crosslora.errors import UserError
 
+Dtype = Literal["auto", "float32", "bfloat16"]
+"""What a model computes in; auto: see precision.py."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -102,7 +105,7 @@ class Synthesis(_Section):
     min_kept: int = Field(64, ge=2)
     """Fewest samples that must survive the filters."""
     engine: Literal["vllm", "transformers"] = "vllm"
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Dtype = "auto"
     engines: int = Field(1, ge=1)
     """Engines that run side by side, each a Ray actor; one without a place joins when there is room."""
     tensor_parallel: int = Field(1, ge=1)
@@ -136,7 +139,7 @@ class Fit(_Section):
     """Steps between two looks at the held-out samples; the best look is what is exported."""
     patience: int = Field(4, ge=1)
     """Looks without improvement after which fitting stops."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Dtype = "auto"
     workers: int = Field(1, ge=1)
     zero_stage: Literal[0, 1, 2, 3] = 1
     gradient_checkpointing: bool = False
@@ -192,7 +195,7 @@ class Evaluation(_Section):
     baselines: list[Literal["random", "crop", "closed_form"]] = ["random", "crop", "closed_form"]
     baseline_items: int = Field(100, ge=1)
     """Most items of a task that a baseline answers: most never stop writing, which takes longer than all the rest."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Dtype = "auto"
     concurrency: int = Field(128, ge=1)
     port: int = Field(0, ge=0, le=65535)
     """Port of the endpoint that is started for the evaluation; 0 picks a free one."""

@@ -21,6 +21,7 @@ from crosslora.config import Config
 from crosslora.errors import UserError
 from crosslora.identity import target_identity
 from crosslora.models import load_config, load_model, resolve
+from crosslora.precision import chosen
 from crosslora.projection.build import build_transfer
 from crosslora.projection.mapping import check_shape
 from crosslora.run_folder import RunFolder, Stage
@@ -79,7 +80,12 @@ def export(
         folder = Path(name)
         write_adapter(folder, projection.lora_factors(), config.target.base, config.target.revision)
         check_fits_base(folder, resolve(config.target))
-        check_acts(folder, resolve(config.target), config.fit.dtype, pair.student.prompt_ids(PROBE))
+        check_acts(
+            folder,
+            resolve(config.target),
+            chosen(config.fit.dtype, on_gpu=False),
+            pair.student.prompt_ids(PROBE),
+        )
         exported_tokenizer(pair.student).save_pretrained(folder)
         (folder / "README.md").write_text(_card(config, adapter, fitted.manifest(), identity, filtered))
         copy_into_run(folder, stage.folder, stage.name)

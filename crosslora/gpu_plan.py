@@ -15,6 +15,7 @@ from typing import NamedTuple
 from crosslora.config import Config
 from crosslora.errors import UserError
 from crosslora.evaluation.tasks import BYTES_PER_TOKEN, answer_tokens, read_items
+from crosslora.precision import decided
 from crosslora.sizing import (
     BYTES,
     CONCURRENT,
@@ -158,7 +159,7 @@ def gpu_plan(
     for a task that cannot be read."""
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: not known here; one of {', '.join(GPUS)}")
-    case = _Case(config, source, target, rank, learned, gpu, _questions(config))
+    case = _Case(decided(config, on_gpus=True), source, target, rank, learned, gpu, _questions(config))
     counts = [2**n for n in range(11)]
     smallest = next((count for count in counts if all(_stages(case, count).values())), None)
     chosen = gpus or smallest or counts[-1]

@@ -101,8 +101,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(folder: str, dtype: str) -> PreTrainedModel:
-    """The frozen causal LM, in evaluation mode."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    """The frozen causal LM, in evaluation mode; `auto` is the dtype of its files, of which it is then a view."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.requires_grad_(False)
     return model.eval()
 

@@ -14,6 +14,7 @@ from crosslora.config import AdapterSource, Config
 from crosslora.errors import UserError
 from crosslora.gpu_plan import GpuPlan, gpu_plan
 from crosslora.models import load_config, resolve
+from crosslora.precision import decided
 from crosslora.projection.mapping import check_shape, layer_map
 from crosslora.sizing import BYTES, CONTEXT_BYTES, Shape, engine_memory, fit_memory
 from crosslora.text.pair import TokenizerPair
@@ -87,7 +88,7 @@ def make_plan(config: Config, gpu: str | None = None, gpus: int | None = None) -
         teacher_vocabulary=len(pair.teacher_words.token_bytes),
         student_vocabulary=len(pair.student_words.token_bytes),
         corpus_megabytes=_corpus_megabytes(config),
-        memory_gigabytes=_memory(config, *shapes, adapters),
+        memory_gigabytes=_memory(decided(config), *shapes, adapters),
         adapters=adapters,
         on_gpus=None if gpu is None else _on_gpus(config, *shapes, adapters, gpu, gpus),
         warnings=[

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
 import yaml
@@ -22,7 +22,7 @@ from rich.markup import escape
 from crosslora import __version__, serving
 from crosslora.adapter_places import Found, Places, common_base, common_source
 from crosslora.adapter_watch import Rules
-from crosslora.config import Base
+from crosslora.config import Base, Dtype
 from crosslora.errors import UserError
 from crosslora.models import context_length, load_format, resolve
 from crosslora.progress import say
@@ -43,7 +43,7 @@ class Settings(BaseModel):
     places: list[str] = Field(min_length=1)
     base: str | None = None
     teacher: bool = False
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Dtype = "auto"
     max_model_len: int | None = None
     gpus: int = 0
     threads: int | None = None

@@ -20,9 +20,10 @@ from ray.serve.schema import LoggingConfig
 from crosslora import cluster
 from crosslora.adapter_places import Found, Places
 from crosslora.adapter_watch import Rules
-from crosslora.config import Base, Cluster
+from crosslora.config import Base, Cluster, Dtype
 from crosslora.errors import UserError
 from crosslora.models import resolve
+from crosslora.precision import chosen
 from crosslora.replica import MAX_SEQUENCES, BesideEngine, FrontEngine
 from crosslora.shelf import REFUSED, Shelf
 from crosslora.vllm_settings import environment, lora_options, parallel_options, slots
@@ -41,14 +42,14 @@ class Model:
     base: Base
     places: Places
     rules: Rules
-    dtype: str
+    dtype: Dtype
     max_model_len: int
     chat_template: str | None = None
     """Jinja text or a file; None takes that of the tokenizer."""
 
     @classmethod
     def of_folders(
-        cls, base: Base, name: str, folders: Sequence[Path], dtype: str, max_model_len: int
+        cls, base: Base, name: str, folders: Sequence[Path], dtype: Dtype, max_model_len: int
     ) -> Model:
         """The base as `name`, and PEFT folders each under its own. Raises UserError for one that cannot be served."""
         rules = Rules(name, None, None, limits(folders))
@@ -156,7 +157,7 @@ def _vllm_options(model: Model, resources: Resources, api_key: str | None) -> di
         "model": model.base,
         "served_model_name": [model.rules.model],
         "chat_template": model.chat_template,
-        "dtype": model.dtype,
+        "dtype": chosen(model.dtype, resources.num_gpus > 0),
         "max_model_len": model.max_model_len,
         "max_num_seqs": MAX_SEQUENCES,
         "disable_log_stats": True,

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.quality.tasks import Row
+from benchmarks.train_adapter import DTYPE, conversations
 from crosslora.config import Base
 from crosslora.evaluation.tasks import Answer
 
@@ -42,7 +43,7 @@ def greedy(base: Base, adapter: Path | None, rows: Sequence[Row], max_tokens: in
     longest = max(len(prompt["prompt_token_ids"]) for prompt in prompts)
     llm = LLM(
         folder,
-        dtype="bfloat16",
+        dtype=DTYPE,
         max_model_len=longest + max_tokens + 8,
         max_num_seqs=256,
         enforce_eager=True,
@@ -67,7 +68,7 @@ def plain_prompts(base: Base, count: int, random_seed: int) -> list[str]:
 
     folder = resolve(base)
     chat = load_format(folder, base)
-    llm = LLM(folder, dtype="bfloat16", max_model_len=512, enforce_eager=True, disable_log_stats=True)
+    llm = LLM(folder, dtype=DTYPE, max_model_len=512, enforce_eager=True, disable_log_stats=True)
     params = SamplingParams(
         temperature=0.8,
         max_tokens=96,
@@ -89,12 +90,11 @@ def nats(base: Base, adapter: Path | None, rows: Sequence[Row]) -> list[float]:
     """
     from peft import PeftModel
 
-    from benchmarks.train_adapter import conversations
     from crosslora.models import load_format, load_model, resolve
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     folder = resolve(base)
-    model: Any = load_model(folder, "bfloat16")
+    model: Any = load_model(folder, DTYPE)
     if adapter:
         model = PeftModel.from_pretrained(model, adapter).eval()
     spent = []

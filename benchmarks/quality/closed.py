@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from benchmarks.train_adapter import DTYPE
 from crosslora.adapter import LoraFactors
 from crosslora.config import Base
 from crosslora.models import load_model, resolve
@@ -79,7 +80,7 @@ def activation_maps(
     """Orthogonal Procrustes of every space between what the two bases compute for the same bytes of the same texts, over
     all pairs of layers: P0 [d_target, d_source]."""
     layers = layer_map(transfer.source.num_layers, transfer.target.num_layers)
-    models = (load_model(resolve(source), "bfloat16"), load_model(resolve(target), "bfloat16"))
+    models = [load_model(resolve(base), DTYPE) for base in (source, target)]
     sums = {
         space: torch.zeros(transfer.target.widths[space], transfer.source.widths[space]) for space in SPACES
     }

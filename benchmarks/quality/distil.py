@@ -18,6 +18,7 @@ from torch import nn
 from crosslora.adapter import LoraFactors, read_adapter
 from crosslora.config import Config, Fit
 from crosslora.models import load_model, resolve
+from crosslora.precision import chosen
 from crosslora.progress import progress
 from crosslora.projection.build import Transfer, build_transfer
 from crosslora.projection.projection import Factors
@@ -74,7 +75,7 @@ def distil(
     seed = config.fit.random_seed
     adapter = read_adapter(config.adapters[0].path)
     module = build(build_transfer(adapter, config.source, config.target, pair, seed), seed)
-    student = Student(load_model(resolve(config.target), config.fit.dtype), module)
+    student = Student(load_model(resolve(config.target), chosen(config.fit.dtype, on_gpu=False)), module)
     started = time.monotonic()
     if config.fit.rehearsal and not cross_entropy:  # on text alone its own text would teach it nothing
         train += rehearsal(student.base, pair, train, config.fit.rehearsal, seed)

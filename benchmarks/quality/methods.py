@@ -17,7 +17,7 @@ from benchmarks.quality.answers import alone, plain_prompts
 from benchmarks.quality.cells import BATCH, WORK, Cell
 from benchmarks.quality.distil import PlainLora, distil
 from benchmarks.quality.tasks import Row
-from benchmarks.train_adapter import Recipe, conversations, mean_loss, save, train
+from benchmarks.train_adapter import DTYPE, Recipe, conversations, mean_loss, save, train
 from crosslora.adapter import LoraFactors, read_adapter, write_adapter
 from crosslora.adapter_config import read_settings
 from crosslora.config import Base, Config, Prompts
@@ -96,7 +96,7 @@ def _validation_loss(base: Base, folder: Path, rows: list[Row]) -> float:
 
     from crosslora.models import load_model
 
-    model = PeftModel.from_pretrained(load_model(resolve(base), "bfloat16"), folder).eval()
+    model = PeftModel.from_pretrained(load_model(resolve(base), DTYPE), folder).eval()
     return mean_loss(model, conversations(rows, load_format(resolve(base), base)))
 
 

@@ -19,6 +19,7 @@ from crosslora.adapter import read_adapter, write_adapter
 from crosslora.cluster import SECONDS_BETWEEN_LOOKS
 from crosslora.config import Base, Config, Synthesis
 from crosslora.errors import UserError
+from crosslora.precision import decided
 from crosslora.progress import Meter, progress, say
 from crosslora.run_folder import Stage
 from crosslora.teacher.corpus import Sample, shard_exists, write_shard
@@ -142,6 +143,7 @@ def max_len(chat: ChatFormat, settings: Synthesis) -> int:
 
 def synthesize(config: Config, adapter: Path, stage: Stage) -> dict[str, Any]:
     """Generate the shards that are missing; returns the manifest."""
+    config = decided(config)
     settings = config.synthesis
     num_shards = -(-settings.samples // settings.shard_size)
     done = [index for index in range(num_shards) if shard_exists(stage.folder, stage.name, index)]

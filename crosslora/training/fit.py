@@ -18,6 +18,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from crosslora import cluster
 from crosslora.config import Config
 from crosslora.errors import UserError
+from crosslora.precision import decided
 from crosslora.progress import progress, say
 from crosslora.run_folder import Stage
 from crosslora.teacher.corpus import read_corpus
@@ -36,7 +37,7 @@ def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) ->
     reach = check_corpus(config, stage, corpus)
     with cluster.board() as board:
         job = {
-            "config": config.model_dump(mode="json"),
+            "config": decided(config).model_dump(mode="json"),
             "adapter": str(adapter),
             "corpus": corpus,
             "board": board,

@@ -17,7 +17,6 @@ import ray.train
 import torch
 from ray.train import CheckpointConsistencyMode
 from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from crosslora.adapter import read_adapter
@@ -35,6 +34,7 @@ from crosslora.training.batches import Batch, Example, batch_indices, build_exam
 from crosslora.training.checkpoint import Progress, load, save
 from crosslora.training.losses import losses_of, num_chunks, summed_loss
 from crosslora.training.rehearsal import rehearsal
+from crosslora.training.shares import keep_share
 
 GRADIENT_NORM = 1.0
 EVALUATION_BATCH = 16
@@ -113,15 +113,11 @@ def build_student(config: Config, projection: Projection) -> Student:
 
 def load_base(config: Config) -> PreTrainedModel:
     """The target base; with ZeRO-3 only this worker's share of it stays. Every worker must call it."""
-    keep = None
-    if (
-        config.fit.zero_stage == 3
-    ):  # must exist before from_pretrained, so that weights are sharded as they load
-        keep = HfDeepSpeedConfig(
-            {**ds_config(config.fit), "bf16": {"enabled": config.fit.dtype == "bfloat16"}}
-        )
-    base = load_model(resolve(config.target), config.fit.dtype)
-    del keep
+    if config.fit.zero_stage == 3:
+        base = load_model(resolve(config.target), "auto")
+        keep_share(base, config.fit.dtype, ds_config(config.fit))
+    else:
+        base = load_model(resolve(config.target), config.fit.dtype)
     if config.fit.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for module in base.modules():  # layers that train are computed again; dropout stays off

@@ -1,4 +1,4 @@
-"""A worker that loads a base with ZeRO-3 never holds much more than its share."""
+"""A worker that loads a base with ZeRO-3 never holds more than its share."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from benchmarks.load import SHAPE, measure
 
 
 @pytest.mark.real
-def test_private_memory_at_load_is_the_share_and_a_few_tensors() -> None:
-    """One that is gathered, and the buffers of gloo; all of the weights would be eight of them."""
+def test_private_memory_at_load_is_the_share() -> None:
+    """And less than one of the largest tensors; all of the weights would be eight of them."""
     (row,) = measure(SHAPE, (2,))
-    assert row["private"] > row["share"] and row["tensors"] <= 4.5
+    assert row["private"] > row["share"] and row["tensors"] < 1

@@ -1,0 +1,52 @@
+"""What models compute in: as configured or, left to the device, what it multiplies fast."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from crosslora.config import Config, parse_config
+from crosslora.precision import chosen, decided
+
+
+def config(**sections: object) -> Config:
+    base = {"base": "base"}
+    return parse_config(
+        {"run": "run", "source": base, "target": base, "adapters": [{"name": "a", "path": "a"}], **sections},
+        Path.cwd(),
+    )
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_configured_is_taken(dtype: str, on_gpu: bool) -> None:
+    assert chosen(dtype, on_gpu) == dtype  # type: ignore[arg-type]
+
+
+def test_a_cpu_computes_in_the_faster_of_the_two() -> None:
+    """The gradient of a product of the size of a small model's; by hand it takes many times as long."""
+    fastest = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        gradient, weights = torch.randn(256, 2048, dtype=dtype), torch.randn(2048, 640, dtype=dtype)
+        times = []
+        for _ in range(4):
+            started = time.perf_counter()
+            _ = gradient @ weights
+            times.append(time.perf_counter() - started)
+        fastest[dtype] = min(times)
+    ratio = fastest[torch.bfloat16] / fastest[torch.float32]
+    assert ratio < 4 if chosen("auto", on_gpu=False) == "bfloat16" else ratio > 1
+
+
+def test_engines_and_workers_may_run_on_different_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    gpus = decided(config(cluster={"gpus_per_engine": 1, "gpus_per_worker": 0}))
+    assert (gpus.synthesis.dtype, gpus.fit.dtype, gpus.evaluation.dtype) == (
+        "bfloat16",
+        "float32",
+        "bfloat16",
+    )
+    assert decided(config()).synthesis.dtype == "float32"
+    assert decided(config(), on_gpus=True).fit.dtype == "bfloat16"
+    assert decided(config(fit={"dtype": "float32"}), on_gpus=True).fit.dtype == "float32"
