@@ -19,6 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.memory import HERE, Peak, run_workers
+from crosslora import cluster
 from crosslora.config import parse_config
 
 WORKERS = (1, 2, 4)
@@ -65,7 +66,7 @@ def measure(shape: dict[str, int], workers: tuple[int, ...]) -> list[dict[str, A
         largest = make(folder, shape)
         for count in workers:
             command = ["-m", "benchmarks.load", "--worker", folder, str(count)]
-            reported = run_workers(command, count, zero_stage=3)
+            reported = run_workers(command, count, cluster.fit_environment(3, checkpointing=False))
             private = max(report["private"] for report in reported)
             share = max(report["share"] for report in reported)
             tensors = round((private - share) / largest, 2)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,11 @@ from crosslora.text.pair import TokenizerPair
 from crosslora.training.losses import Rows, summed_loss
 
 HERE = Path(__file__).resolve().parent
+FILE = HERE / "memory.json"
 EXAMPLES = HERE.parent / "examples" / "snips"
 STEPS, TOP_K = 2, 16
+Row = dict[str, Any]
+"""A point and what was measured there."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Point:
 POINTS = [
     Point("demo", 1, 1, 4, 64, False),
     Point("demo", 1, 1, 16, 128, False),
-    Point("demo", 1, 1, 16, 128, True),
+    Point("demo", 1, 1, 16, 128, True, "float32"),
     Point("demo", 1, 1, 4, 512, False),
     Point("demo", 0, 1, 8, 256, False, "float32"),
     Point("demo", 2, 2, 8, 128, False),
@@ -64,7 +67,7 @@ POINTS = [
     Point("demo", 3, 4, 4, 64, True),
     Point("reverse", 1, 1, 4, 256, False),
     Point("reverse", 1, 1, 16, 64, False),
-    Point("reverse", 1, 1, 16, 256, True),
+    Point("reverse", 1, 1, 16, 256, True, "float32"),
     Point("reverse", 2, 2, 8, 512, False),
     Point("reverse", 3, 2, 8, 256, False),
     Point("reverse", 1, 1, 8, 96, False, "float32"),
@@ -72,7 +75,7 @@ POINTS = [
 
 
 CALIBRATION = Point("reverse", 1, 1, 8, 128, False)
-"""None of the above: sizing.HEAP, the one constant that was measured, is what activations and logits take here."""
+"""None of the above: sizing.HEAP, the one constant that was measured, is what activations take here."""
 
 
 def settings(point: Point) -> Config:
@@ -175,10 +178,11 @@ def _rows(count: int, vocabulary: int, device: torch.device) -> Rows:
 def run(point: Point) -> list[dict[str, Any]]:
     """What every worker reports."""
     command = [str(HERE / "memory.py"), "--worker", json.dumps(asdict(point))]
-    return run_workers(command, point.workers, point.zero_stage)
+    environment = cluster.fit_environment(point.zero_stage, point.checkpointing)
+    return run_workers(command, point.workers, environment)
 
 
-def run_workers(command: list[str], workers: int, zero_stage: int) -> list[dict[str, Any]]:
+def run_workers(command: list[str], workers: int, environment: dict[str, str]) -> list[dict[str, Any]]:
     """What each of the processes of one group prints last: Python, with the environment of a fit worker."""
     port = free_port("127.0.0.1", 0)
     processes = [
@@ -188,7 +192,7 @@ def run_workers(command: list[str], workers: int, zero_stage: int) -> list[dict[
             text=True,
             env={
                 **os.environ,
-                **cluster.fit_environment(zero_stage),
+                **environment,
                 "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // workers, 1)),
                 "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
                 "RANK": str(rank),
@@ -207,30 +211,33 @@ def run_workers(command: list[str], workers: int, zero_stage: int) -> list[dict[
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
-def measure(point: Point) -> dict[str, Any]:
+def measure(point: Point) -> Row:
     workers = run(point)
-    measured = max(result["peak"] for result in workers)
-    counted = count(point, workers[0]["learned"])
-    ratio = counted["total"] / measured
-    print(
-        f"{ratio:5.2f}  counted {counted['total'] / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB  {point}",
-        flush=True,
-    )
-    learned = workers[0]["learned"]
-    return {
+    row = {
         **asdict(point),
-        "learned": learned,
-        "measured": measured,
-        "counted": counted,
-        "ratio": round(ratio, 3),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "learned": workers[0]["learned"],
+        "measured": max(result["peak"] for result in workers),
     }
+    print(f"measured {row['measured'] / 1e9:.2f} GB  {point}", flush=True)
+    return row
 
 
-def heap(row: dict[str, Any]) -> float:
-    """Bytes that each byte of activations and logits took, in a measured row."""
+def compared(row: Row) -> Row:
+    """With what the formulas of today count."""
+    counted = count(point_of(row), row["learned"])
+    return {**row, "counted": counted, "ratio": round(counted["total"] / row["measured"], 3)}
+
+
+def point_of(row: Row) -> Point:
+    return Point(**{field.name: row[field.name] for field in fields(Point)})
+
+
+def heap(row: Row) -> float:
+    """Bytes that each byte of activations took, in a measured row."""
     counted = row["counted"]
-    on_heap = (counted["activations"] + counted["logits"]) / HEAP
-    return round((row["measured"] - counted["weights"] - counted["learned"]) / on_heap, 3)
+    rest = row["measured"] - counted["weights"] - counted["learned"] - counted["logits"]
+    return round(rest / (counted["activations"] / HEAP), 3)
 
 
 def count(point: Point, learned: int) -> dict[str, float]:
@@ -249,7 +256,7 @@ def count(point: Point, learned: int) -> dict[str, float]:
     return {**asdict(memory), "total": memory.total}
 
 
-def chart(points: list[dict[str, Any]]) -> None:
+def chart(points: list[Row]) -> None:
     figure, axes = plt.subplots(figsize=(5, 5))
     most = 1.1 * max(point["measured"] for point in points) / 1e9
     axes.plot([0, most], [0, most], color="#4c566a", linewidth=1)
@@ -270,20 +277,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument(
-        "--points", type=int, nargs="*", help="numbers of the points to measure; all if left out"
+        "--points", type=int, nargs="+", help="numbers of those to measure; the file keeps the others"
     )
     arguments = parser.parse_args()
     if arguments.worker:
         print(json.dumps(worker(Point(**json.loads(arguments.worker)))))
         return
-    chosen = POINTS if arguments.points is None else [POINTS[number] for number in arguments.points]
-    points = [measure(point) for point in chosen]
-    if arguments.points is None:
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        calibration = measure(CALIBRATION)
-        result = {"device": device, "heap": heap(calibration), "calibration": calibration, "points": points}
-        (HERE / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
-        chart(points)
+    former = json.loads(FILE.read_text()) if arguments.points else {"points": [], "calibration": None}
+    rows = {point_of(row): row for row in [*former["points"], former["calibration"]] if row}
+    all_points = [*POINTS, CALIBRATION]
+    for point in [POINTS[number] for number in arguments.points] if arguments.points else all_points:
+        rows[point] = measure(point)
+    *points, calibration = (compared(rows[point]) for point in all_points)
+    for row in points:
+        print(f"{row['ratio']:5.2f}  {point_of(row)}")
+    result = {"heap": heap(calibration), "calibration": calibration, "points": points}
+    FILE.write_text(json.dumps(result, indent=2) + "\n")
+    chart(points)
 
 
 if __name__ == "__main__":

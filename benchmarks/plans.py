@@ -17,7 +17,8 @@ from typing import Any
 from transformers import LlamaConfig, Qwen2Config
 
 from crosslora.config import parse_config
-from crosslora.gpu_plan import FIT_SHARE, GPUS, GpuPlan, GpuStage, gpu_plan
+from crosslora.gpu_plan import GpuPlan, GpuStage, gpu_plan
+from crosslora.gpus import FIT_SHARE, GPUS
 from crosslora.sizing import LEARNED_BYTES, Shape, layer_activations
 
 HERE = Path(__file__).resolve().parent

@@ -41,10 +41,11 @@ _started_here = False
 """Whether the cluster lives in this process: then it never gets more nodes."""
 
 
-def fit_environment(zero_stage: int) -> dict[str, str]:
-    """KEEP_FREED_MEMORY for a fit worker. ZeRO-3 gathers and frees every weight again and again: large blocks go back to
-    the kernel there, or the heap would be full of holes of their size (Gemma 3 270M took seven times its own)."""
-    if zero_stage < 3:
+def fit_environment(zero_stage: int, checkpointing: bool) -> dict[str, str]:
+    """KEEP_FREED_MEMORY for a fit worker. Where memory is what is short, large blocks go back to the kernel: ZeRO-3 gathers
+    and frees every weight again and again, checkpointing every layer's activations, and the heap would be full of holes
+    of their size (Gemma 3 270M took seven times its own with ZeRO-3)."""
+    if zero_stage < 3 and not checkpointing:
         return KEEP_FREED_MEMORY
     kept = {name: value for name, value in KEEP_FREED_MEMORY.items() if name != "MALLOC_MMAP_MAX_"}
     return {**kept, "MALLOC_MMAP_THRESHOLD_": str(LARGE_BLOCK)}
@@ -148,7 +149,7 @@ def _refuse_unless_held(wanted: Bundle, count: int, stage: str) -> None:
 def check(config: Config) -> None:
     """Raise UserError where the connected cluster, as it is now, cannot hold a stage of the transfer."""
     parallel = config.synthesis
-    engine = parallel.tensor_parallel * config.cluster.gpus_per_engine
+    engine = config.gpus_per_engine_and_node
     for stage, count, bundles in (
         (
             "synthesize",

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from crosslora.errors import UserError
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-"""What a model computes in; auto: see precision.py."""
+"""What a model computes in; auto: bfloat16 on GPUs and on CPUs that multiply it (as the CPU where the command or job runs
+does), else float32."""
 
 
 class _Section(BaseModel):
@@ -234,6 +235,11 @@ class Config(_Section):
     fit: Fit = Fit()
     evaluation: Evaluation = Evaluation()
     cluster: Cluster = Cluster()
+
+    @property
+    def gpus_per_engine_and_node(self) -> float:
+        """What an engine takes of every node that it is spread over."""
+        return self.synthesis.tensor_parallel * self.cluster.gpus_per_engine
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -21,7 +21,6 @@ from crosslora.config import Config
 from crosslora.errors import UserError
 from crosslora.identity import target_identity
 from crosslora.models import load_config, load_model, resolve
-from crosslora.precision import chosen
 from crosslora.projection.build import build_transfer
 from crosslora.projection.mapping import check_shape
 from crosslora.run_folder import RunFolder, Stage
@@ -80,12 +79,7 @@ def export(
         folder = Path(name)
         write_adapter(folder, projection.lora_factors(), config.target.base, config.target.revision)
         check_fits_base(folder, resolve(config.target))
-        check_acts(
-            folder,
-            resolve(config.target),
-            chosen(config.fit.dtype, on_gpu=False),
-            pair.student.prompt_ids(PROBE),
-        )
+        check_acts(folder, resolve(config.target), pair.student.prompt_ids(PROBE))
         exported_tokenizer(pair.student).save_pretrained(folder)
         (folder / "README.md").write_text(_card(config, adapter, fitted.manifest(), identity, filtered))
         copy_into_run(folder, stage.folder, stage.name)
@@ -114,9 +108,9 @@ def check_fits_base(folder: Path, base_folder: str) -> None:
         check_shape(path, linears[path], (factor.B.shape[0], factor.A.shape[1]))
 
 
-def check_acts(folder: Path, base_folder: str, dtype: str, probe_ids: list[int]) -> None:
+def check_acts(folder: Path, base_folder: str, probe_ids: list[int]) -> None:
     """Load the adapter with PEFT; raise UserError where the logits stay those of the base."""
-    base = load_model(base_folder, dtype)
+    base = load_model(base_folder, "auto")
     ids = torch.tensor([probe_ids])
     with torch.inference_mode():
         without = base(ids).logits

@@ -69,7 +69,7 @@ class Plan:
 
 
 def make_plan(config: Config, gpu: str | None = None, gpus: int | None = None) -> Plan:
-    """The plan; with `gpu`, a key of gpu_plan.GPUS, also for `gpus` of that kind, or for as few as will do.
+    """The plan; with `gpu`, a key of gpus.GPUS, also for `gpus` of that kind, or for as few as will do.
 
     Raises UserError for a missing model, an adapter of another base, tokenizers that lose text, too little memory."""
     source_config, target_config = (

@@ -24,9 +24,10 @@ CONTEXT_BYTES = 1.5e9
 LONGEST_PLAIN_ATTENTION = 256
 """Up to here fitting on CPU leaves fused attention out: its backward pass takes several times as long as that of the
 plain products."""
-HEAP = 1.81
-"""Bytes of glibc's heap for each byte of activations and logits that lives there: freed tensors leave holes that the next
-ones do not fit into. From the calibration point of benchmarks/memory.py, which is none of those it tests."""
+HEAP = 2.134
+"""Bytes of glibc's heap for each byte of activations that lives there: freed tensors leave holes that the next ones do not
+fit into. (Chunks of logits are of one size, and each takes the place of the one before.) From the calibration point of
+benchmarks/memory.py, which is none of those it tests."""
 CONCURRENT = 64
 """Sequences that an engine should hold at once, to be worth its GPU."""
 
@@ -151,13 +152,12 @@ def fit_memory(
         activations = shape.layers * tokens * s * shape.hidden + 2 * per_layer
     activations += tokens * shape.hidden * (4 + 2 * s)  # the last norm and its gradient
     chunk = min(LOGITS_BYTES, 4 * tokens * shape.vocabulary)
-    # with ZeRO-3 large blocks are not on the heap (cluster.fit_environment)
-    taken = 1.0 if on_gpu or zero_stage == 3 else HEAP
+    on_heap = not (on_gpu or zero_stage == 3 or checkpointing)  # large blocks: cluster.fit_environment
     return FitMemory(
         weights=weights,
         learned=learned * (LEARNED_BYTES - 8 + 8 / shares),
-        activations=taken * activations,
-        logits=taken * chunk * (1 + 2 * s / 4),  # float32, as the model gives them, and as its gradient
+        activations=(HEAP if on_heap else 1.0) * activations,
+        logits=chunk * (1 + 2 * s / 4),  # float32, as the model gives them, and as its gradient
         rehearsal=_rehearsal(shape, s),
     )
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from benchmarks.plans import MODELS
 from crosslora.config import Config
 from crosslora.errors import UserError
-from crosslora.gpu_plan import GPUS, gpu_plan
+from crosslora.gpu_plan import gpu_plan
+from crosslora.gpus import GPUS
 from crosslora.plan_table import memory_table
 from crosslora.sizing import Shape, engine_memory, fit_memory, layer_activations
 from crosslora.topology import meta_model

@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from benchmarks.plans import CONFIG, MODELS, llama
 from crosslora.adapter import LoraFactors
-from crosslora.gpu_plan import GPUS, gpu_plan
+from crosslora.gpu_plan import gpu_plan
+from crosslora.gpus import GPUS
 from crosslora.projection.initial import random_map
 from crosslora.projection.mapping import build_slots
 from crosslora.projection.projection import Projection

@@ -192,6 +192,8 @@ def model_of(
 
 def resources_of(config: Config) -> Resources:
     """What every endpoint of an evaluation is started with."""
-    gpus = config.synthesis.tensor_parallel * config.cluster.gpus_per_engine
-    nodes = config.synthesis.pipeline_parallel
-    return Resources(num_gpus=gpus, nodes=nodes, wait_seconds=config.cluster.wait_seconds)
+    return Resources(
+        num_gpus=config.gpus_per_engine_and_node,
+        nodes=config.synthesis.pipeline_parallel,
+        wait_seconds=config.cluster.wait_seconds,
+    )

@@ -188,8 +188,9 @@ class _Foreman:
     ) -> None:
         self.settings, self.stage, self.pending, self.board = config.synthesis, stage, pending, board
         seed = self.settings.random_seed * 1_000_003 + pending[0]  # a resumed run must not repeat what it has
-        gpus = self.settings.tensor_parallel * config.cluster.gpus_per_engine
-        self.bundles = cluster.engine_bundles(gpus, self.settings.pipeline_parallel, num_engines)
+        self.bundles = cluster.engine_bundles(
+            config.gpus_per_engine_and_node, self.settings.pipeline_parallel, num_engines
+        )
         self.wait_seconds = config.cluster.wait_seconds
         self._new_engine = lambda group, number: _actor_class(group).remote(
             config.source, adapter, self.settings, (seed + 7919 * number) % 2**32, self.board

@@ -137,7 +137,7 @@ def _run_config(config: Config, stage: Stage, cpus: int, accelerator: str) -> Ru
             "env_vars": {
                 "OMP_NUM_THREADS": str(cpus),
                 "DS_ACCELERATOR": accelerator,
-                **cluster.fit_environment(config.fit.zero_stage),
+                **cluster.fit_environment(config.fit.zero_stage, config.fit.gradient_checkpointing),
             }
         },
     )
