@@ -225,7 +225,7 @@ def measure(point: Point) -> Row:
 
 def compared(row: Row) -> Row:
     """With what the formulas of today count."""
-    counted = count(point_of(row), row["learned"])
+    counted = count(point_of(row), row["learned"], on_gpu=row["device"] != "CPU")
     return {**row, "counted": counted, "ratio": round(counted["total"] / row["measured"], 3)}
 
 
@@ -236,11 +236,11 @@ def point_of(row: Row) -> Point:
 def heap(row: Row) -> float:
     """Bytes that each byte of activations took, in a measured row."""
     counted = row["counted"]
-    rest = row["measured"] - counted["weights"] - counted["learned"] - counted["logits"]
+    rest = row["measured"] - counted["weights"] - counted["learned"] - counted["working"]
     return round(rest / (counted["activations"] / HEAP), 3)
 
 
-def count(point: Point, learned: int) -> dict[str, float]:
+def count(point: Point, learned: int, on_gpu: bool) -> dict[str, float]:
     config = settings(point)
     memory = fit_memory(
         Shape.of(load_model_config(resolve(config.target))),
@@ -251,7 +251,7 @@ def count(point: Point, learned: int) -> dict[str, float]:
         sequences=point.sequences,
         length=point.length,
         checkpointing=point.checkpointing,
-        on_gpu=torch.cuda.is_available(),
+        on_gpu=on_gpu,
     )
     return {**asdict(memory), "total": memory.total}
 
@@ -286,7 +286,10 @@ def main() -> None:
     former = json.loads(FILE.read_text()) if arguments.points else {"points": [], "calibration": None}
     rows = {point_of(row): row for row in [*former["points"], former["calibration"]] if row}
     all_points = [*POINTS, CALIBRATION]
-    for point in [POINTS[number] for number in arguments.points] if arguments.points else all_points:
+    chosen = [POINTS[number] for number in arguments.points] if arguments.points else all_points
+    if missing := [str(point) for point in all_points if point not in rows and point not in chosen]:
+        parser.error(f"{FILE.name} does not have {', '.join(missing)}: measure them too")
+    for point in chosen:
         rows[point] = measure(point)
     *points, calibration = (compared(rows[point]) for point in all_points)
     for row in points:

@@ -193,8 +193,8 @@ def worked_memory(shape: Shape, memory: dict[str, float], fit: GpuStage, learned
         f"+ 2 x (2 x {shape.layer_parameters / 1e9:.2f} + {shape.largest / 1e9:.2f}) = {memory['weights'] - share:.1f} "
         f"(gathered: two layers and the largest weight) "
         f"+ {learned / 1e9:.3f} x ({LEARNED_BYTES - 8} + 8 / {workers}) = {memory['learned']:.1f} (learned, with Adam) "
-        f"+ {shape.layers + 1} x {tokens} x {per_token / 1e6:.3f} / 1000 + {tokens} x {shape.hidden} x 8 / 10^9 = "
-        f"{memory['activations']:.1f} (activations) + {memory['logits']:.1f} (logits) + {memory['other']:.1f} (CUDA, NCCL) "
+        f"+ {shape.layers} x {tokens} x {per_token / 1e6:.3f} / 1000 + {tokens} x {shape.hidden} x 8 / 10^9 = "
+        f"{memory['activations']:.1f} (activations) + {memory['working']:.1f} (logits, or a layer's gradients) + {memory['other']:.1f} (CUDA, NCCL) "
         f"= {memory['total']:.1f} GB"
     )
 

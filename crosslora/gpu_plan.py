@@ -169,7 +169,7 @@ def _memory(case: _Case, gpus: int) -> dict[str, dict[str, float]]:
             weights=memory.weights,
             learned=memory.learned,
             activations=memory.activations,
-            logits=memory.logits,
+            working=memory.working,
         )
     return rows
 

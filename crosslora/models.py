@@ -101,7 +101,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(folder: str, dtype: str) -> PreTrainedModel:
-    """The frozen causal LM, in evaluation mode; `auto` is the dtype of its files, of which it is then a view."""
+    """The frozen causal LM, in evaluation mode; `auto` is what its configuration says, as a rule the dtype of its
+    files: then the weights are views of them, and take no memory of their own."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.requires_grad_(False)
     return model.eval()

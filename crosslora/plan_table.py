@@ -16,7 +16,7 @@ MEMORY = {
     "lora": "LoRA",
     "learned": "learned",
     "activations": "activations",
-    "logits": "logits",
+    "working": "working",
     "other": "other",
     "total": "total",
 }

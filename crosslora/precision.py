@@ -14,7 +14,7 @@ def chosen(dtype: Dtype, on_gpu: bool) -> Literal["float32", "bfloat16"]:
     PyTorch does it by hand, and the gradient of one product takes as long as fifty in float32."""
     if dtype != "auto":
         return dtype
-    return "bfloat16" if on_gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+    return "bfloat16" if on_gpu or _cpu_multiplies_bfloat16() else "float32"
 
 
 def decided(config: Config, on_gpus: bool = False) -> Config:
@@ -29,3 +29,7 @@ def decided(config: Config, on_gpus: bool = False) -> Config:
         for section in [getattr(config, name)]
     }
     return config.model_copy(update=update)
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

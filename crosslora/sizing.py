@@ -24,7 +24,7 @@ CONTEXT_BYTES = 1.5e9
 LONGEST_PLAIN_ATTENTION = 256
 """Up to here fitting on CPU leaves fused attention out: its backward pass takes several times as long as that of the
 plain products."""
-HEAP = 2.134
+HEAP = 2.205
 """Bytes of glibc's heap for each byte of activations that lives there: freed tensors leave holes that the next ones do not
 fit into. (Chunks of logits are of one size, and each takes the place of the one before.) From the calibration point of
 benchmarks/memory.py, which is none of those it tests."""
@@ -114,13 +114,15 @@ class FitMemory:
     weights: float
     learned: float
     activations: float
-    logits: float
+    """That are kept for the backward pass."""
+    working: float
+    """What comes and goes beside them: first the logits, then the gradients of one layer after the other."""
     rehearsal: float
     """While the base writes its own texts, before the first step."""
 
     @property
     def total(self) -> float:
-        return self.weights + self.learned + max(self.activations + self.logits, self.rehearsal)
+        return self.weights + self.learned + max(self.activations + self.working, self.rehearsal)
 
 
 def fit_memory(
@@ -146,18 +148,23 @@ def fit_memory(
     # values, gradients and the best so far are whole on every worker, the moments a share from ZeRO-1 on
     shares = workers if zero_stage else 1
     per_layer = tokens * layer_activations(shape, dtype, length, on_gpu)
-    # the gradients of one layer, which are as large as what it keeps, stand beside
-    activations = (shape.layers + 1) * per_layer
-    if checkpointing:  # the input of every layer, and one layer whole while it is computed again
-        activations = shape.layers * tokens * s * shape.hidden + 2 * per_layer
+    activations, layer = (
+        shape.layers * per_layer,
+        per_layer,
+    )  # a layer's gradients are as large as what it keeps
+    if checkpointing:  # the input of every layer; what one keeps is there while it is computed again
+        activations, layer = shape.layers * tokens * s * shape.hidden, 2 * per_layer
     activations += tokens * shape.hidden * (4 + 2 * s)  # the last norm and its gradient
     chunk = min(LOGITS_BYTES, 4 * tokens * shape.vocabulary)
-    on_heap = not (on_gpu or zero_stage == 3 or checkpointing)  # large blocks: cluster.fit_environment
+    logits = chunk * (1 + 2 * s / 4)  # float32, as the model gives them, and as its gradient
+    heap = (
+        1.0 if on_gpu or zero_stage == 3 or checkpointing else HEAP
+    )  # large blocks: cluster.fit_environment
     return FitMemory(
         weights=weights,
         learned=learned * (LEARNED_BYTES - 8 + 8 / shares),
-        activations=(HEAP if on_heap else 1.0) * activations,
-        logits=chunk * (1 + 2 * s / 4),  # float32, as the model gives them, and as its gradient
+        activations=heap * activations,
+        working=max(logits, heap * layer),
         rehearsal=_rehearsal(shape, s),
     )
 

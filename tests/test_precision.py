@@ -1,21 +1,12 @@
 """What models compute in: as configured or, left to the device, what it multiplies fast."""
 
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from crosslora.config import Config, parse_config
 from crosslora.precision import chosen, decided
-
-
-def config(**sections: object) -> Config:
-    base = {"base": "base"}
-    return parse_config(
-        {"run": "run", "source": base, "target": base, "adapters": [{"name": "a", "path": "a"}], **sections},
-        Path.cwd(),
-    )
+from tests.tiny import bare_config
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
@@ -40,13 +31,13 @@ def test_a_cpu_computes_in_the_faster_of_the_two() -> None:
 
 
 def test_engines_and_workers_may_run_on_different_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    gpus = decided(config(cluster={"gpus_per_engine": 1, "gpus_per_worker": 0}))
+    monkeypatch.setattr("crosslora.precision._cpu_multiplies_bfloat16", lambda: False)
+    gpus = decided(bare_config(cluster={"gpus_per_engine": 1, "gpus_per_worker": 0}))
     assert (gpus.synthesis.dtype, gpus.fit.dtype, gpus.evaluation.dtype) == (
         "bfloat16",
         "float32",
         "bfloat16",
     )
-    assert decided(config()).synthesis.dtype == "float32"
-    assert decided(config(), on_gpus=True).fit.dtype == "bfloat16"
-    assert decided(config(fit={"dtype": "float32"}), on_gpus=True).fit.dtype == "float32"
+    assert decided(bare_config()).synthesis.dtype == "float32"
+    assert decided(bare_config(), on_gpus=True).fit.dtype == "bfloat16"
+    assert decided(bare_config(fit={"dtype": "float32"}), on_gpus=True).fit.dtype == "float32"

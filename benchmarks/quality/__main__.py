@@ -18,6 +18,7 @@ from benchmarks.quality.cells import DIRECTIONS, SEEDLESS, Cell
 from benchmarks.quality.methods import METHODS, source
 from benchmarks.quality.summary import summarise
 from benchmarks.quality.tasks import TASKS
+from benchmarks.train_adapter import DTYPE
 from crosslora import __version__
 from crosslora.evaluation.results import installed
 from crosslora.evaluation.tasks import Item, score
@@ -69,6 +70,7 @@ def run(cell: Cell) -> None:
             "crosslora": __version__,
             "versions": installed(),
             "cpus": len(os.sched_getaffinity(0)),
+            "dtype": DTYPE,
             "n": len(test),
             "ended": ended,
             "report": report,

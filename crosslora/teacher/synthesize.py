@@ -165,6 +165,7 @@ def synthesize(config: Config, adapter: Path, stage: Stage) -> dict[str, Any]:
     return stage.finish(
         {
             "shards": shards,
+            "dtype": settings.dtype,
             "seconds": round(time.monotonic() - started, 1),
             "response_tokens_per_second": rate,
         }

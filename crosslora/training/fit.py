@@ -34,10 +34,11 @@ SECONDS_BETWEEN_CHECKS = "0.2"
 
 def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) -> dict[str, Any]:
     """Train to the stopping point, resuming from the last checkpoint; returns the manifest."""
+    config = decided(config)
     reach = check_corpus(config, stage, corpus)
     with cluster.board() as board:
         job = {
-            "config": decided(config).model_dump(mode="json"),
+            "config": config.model_dump(mode="json"),
             "adapter": str(adapter),
             "corpus": corpus,
             "board": board,
@@ -52,7 +53,7 @@ def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) ->
                     f"fit: the workers failed {config.fit.max_failures + 1} times ({cause}); mend the cause and run the "
                     "same command, without --redo: it goes on from the last checkpoint"
                 ) from error
-    return _finish(result, stage, watcher, reach)
+    return _finish(result, stage, watcher, reach, config.fit.dtype)
 
 
 @contextmanager
@@ -143,7 +144,7 @@ def _run_config(config: Config, stage: Stage, cpus: int, accelerator: str) -> Ru
     )
 
 
-def _finish(result: Any, stage: Stage, watcher: _Watcher, reach: float) -> dict[str, Any]:
+def _finish(result: Any, stage: Stage, watcher: _Watcher, reach: float, dtype: str) -> dict[str, Any]:
     with result.checkpoint.as_directory() as folder:
         *_, reached = load(Path(folder))
         stage.folder.write_bytes(
@@ -151,6 +152,7 @@ def _finish(result: Any, stage: Stage, watcher: _Watcher, reach: float) -> dict[
         )
     return stage.finish(
         {
+            "dtype": dtype,
             "steps": reached.step,
             "best_step": reached.best_step,
             "held_out_loss": reached.best_loss,

@@ -15,6 +15,7 @@ from typing import Any
 import deepspeed
 import ray.train
 import torch
+from deepspeed.accelerator import get_accelerator
 from ray.train import CheckpointConsistencyMode
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -126,6 +127,9 @@ def load_base(config: Config) -> PreTrainedModel:
 
 
 def build_engine(student: Student, settings: dict[str, Any]) -> Any:
+    student.projection.to(
+        get_accelerator().current_device_name()
+    )  # the engine leaves a base that is shared out as it is
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
     engine, *_ = deepspeed.initialize(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.memory import CALIBRATION, FILE, POINTS, count, point_of, settings
+from benchmarks.memory import CALIBRATION, FILE, POINTS, compared, point_of, settings
 from crosslora.models import load_config, resolve
 from crosslora.sizing import HEAP, Shape
 
@@ -20,7 +20,7 @@ def test_every_point_was_measured_on_a_base_of_100m_and_more() -> None:
 
 @pytest.mark.parametrize("row", MEASURED["points"], ids=lambda row: str(point_of(row)))
 def test_the_file_is_as_new_as_the_formulas(row: dict[str, Any]) -> None:
-    assert count(point_of(row), row["learned"]) == pytest.approx(row["counted"])
+    assert compared(row)["counted"] == pytest.approx(row["counted"])
 
 
 @pytest.mark.parametrize("row", MEASURED["points"], ids=lambda row: str(point_of(row)))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from crosslora import cluster
 from crosslora.config import Cluster, Synthesis, load_config
 from crosslora.models import load_format, resolve
+from crosslora.precision import chosen
 from crosslora.teacher.engine import Generation, Sampling, TransformersEngine, VllmEngine
 from crosslora.vllm_settings import environment
 from tests.tiny import load_tokenizer, tiny_llama, tiny_lora
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.real
 ROOT = Path(__file__).parent.parent.parent
 FAITHFUL = 2e-3
 """Nats per token: the most that KL(teacher as served || PEFT teacher in float32) may be."""
-DEFAULT_DTYPE = Synthesis().dtype
+DEFAULT_DTYPE = chosen(Synthesis().dtype, on_gpu=False)
 Ids = list[list[int]]
 
 

@@ -79,10 +79,10 @@ def _kill_a_worker(file: Path, step: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 3])
-def test_zero_stages_agree(pair: Path, run: Path, zero_stage: int) -> None:
-    name = f"fit/zero{zero_stage}"
-    config = tiny_config(pair, run, zero_stage=zero_stage)
+@pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "float32"), (3, "float32"), (3, "bfloat16")])
+def test_zero_stages_agree(pair: Path, run: Path, zero_stage: int, dtype: str) -> None:
+    name = f"fit/zero{zero_stage} {dtype}"
+    config = tiny_config(pair, run, zero_stage=zero_stage, dtype=dtype)
     losses = _losses(_fit(config, run, name))
     # ZeRO's dummy Adam step makes the first steps differ a little
     assert losses == pytest.approx(_losses(events(run / "fit/tiny/events.jsonl")), rel=0.05)

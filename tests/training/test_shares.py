@@ -1,0 +1,41 @@
+"""What workers of ZeRO-3 take out of the files is the base, whatever dtype the files have."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch.multiprocessing.spawn import spawn
+
+from crosslora.serving import free_port
+from tests.tiny import bare_config, tiny_gemma
+
+
+def load_in_shares(rank: int, folder: str, port: int, dtype: str) -> None:
+    """As one of two fit workers; every weight that is gathered, and every buffer, is the plain model's."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_SIZE": "2", "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    import deepspeed
+
+    from crosslora.models import load_model
+    from crosslora.training.loop import load_base
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+    fit = {"zero_stage": 3, "workers": 2, "batch_size": 2, "dtype": dtype}
+    shared, plain = load_base(bare_config(target={"base": folder}, fit=fit)), load_model(folder, dtype)
+    for name, parameter in shared.named_parameters():
+        assert parameter.numel() == 0 and parameter.ds_tensor.dtype == getattr(torch, dtype), name
+        assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // 2), name
+        with deepspeed.zero.GatheredParameters([parameter]):
+            assert torch.equal(parameter, plain.get_parameter(name)), name
+    for name, buffer in shared.named_buffers():
+        assert torch.equal(buffer, plain.get_buffer(name)), name
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("stored", "dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_shares_are_those_of_the_plain_model(tmp_path: Path, stored: str, dtype: str) -> None:
+    folder = str(tiny_gemma(tmp_path / "base", dtype=getattr(torch, stored)))
+    arguments = (folder, free_port("127.0.0.1", 0), dtype)
+    spawn(load_in_shares, arguments, nprocs=2)
