@@ -8,6 +8,7 @@ RUN := PATH="$$PWD/.venv/bin:$$PATH"
 
 help:
 	@echo "make setup   make .venv with everything that is needed (CPU; Python 3.11 or 3.12)"
+	@echo "make models  fetch the two models of the demo into models/"
 	@echo "make demo    move a real adapter from SmolLM2 135M to Gemma 3 270M and show the report"
 	@echo "make test    check the style and the types, run the tests"
 	@echo "make lint    check the style and the types only"

@@ -2,7 +2,7 @@
 
     python -m benchmarks.load
 
-A Llama of 408M random weights, loaded by 1, 2 and 4 workers, each a process. Private is what is no page of a file
+A Llama of 409M random weights, loaded by 1, 2 and 4 workers, each a process. Private is what is no page of a file
 (RssAnon): the most while it loads, less what it was before, the most of all workers. `tensors` is what a worker holds
 beside its share, in sizes of the largest tensor.
 """
@@ -42,12 +42,9 @@ def make(folder: str, shape: dict[str, int]) -> int:
 
 def worker(folder: str, workers: int) -> dict[str, int]:
     """Load as a fit worker does."""
-    import deepspeed
+    from crosslora.training.loop import join_group, load_base
 
-    from crosslora.training.loop import load_base
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo")
+    join_group("gloo")
     pair = {"source": {"base": folder}, "target": {"base": folder}, "adapters": [{"name": "a", "path": "a"}]}
     fit = {"dtype": "bfloat16", "zero_stage": 3, "workers": workers, "batch_size": workers}
     config = parse_config({"run": "run", **pair, "fit": fit}, Path.cwd())

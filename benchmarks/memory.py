@@ -32,7 +32,7 @@ from crosslora.models import load_config as load_model_config
 from crosslora.models import resolve
 from crosslora.projection.build import build_transfer
 from crosslora.serving import free_port
-from crosslora.sizing import HEAP, LONGEST_PLAIN_ATTENTION, Shape, fit_memory
+from crosslora.sizing import HEAP, Shape, fit_memory
 from crosslora.text.pair import TokenizerPair
 from crosslora.training.losses import Rows, summed_loss
 
@@ -122,23 +122,24 @@ def _resident_bytes(field: str) -> int:
 
 def worker(point: Point) -> dict[str, Any]:
     """Two steps as training/loop.py takes them; memory of this worker and numbers that it learns."""
-    import deepspeed
-
     from crosslora.training import state
-    from crosslora.training.loop import build_engine, build_student, ds_config
+    from crosslora.training.loop import (
+        build_engine,
+        build_student,
+        ds_config,
+        join_group,
+        use_plain_attention,
+    )
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
-    if not torch.cuda.is_available() and point.length <= LONGEST_PLAIN_ATTENTION:
-        torch.backends.cuda.enable_flash_sdp(False)
+    join_group("nccl" if torch.cuda.is_available() else "gloo")
+    use_plain_attention([point.length])
     config = settings(point)
     pair = TokenizerPair.load(config.source, config.target)
     adapter = read_adapter(config.adapters[0].path)
     transfer = build_transfer(adapter, config.source, config.target, pair, 0)
     peak = Peak()
     engine = build_engine(build_student(config, transfer.projection(residual=True)), ds_config(config.fit))
-    head = engine.module.base.get_output_embeddings().weight
-    vocabulary = getattr(head, "ds_shape", head.shape)[0]
+    vocabulary = engine.module.base.get_output_embeddings().out_features
     best = state.gather_parameters(engine)  # as the loop keeps it
     started = time.monotonic()
     for _ in range(STEPS):

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from crosslora.errors import UserError
 from crosslora.progress import output
-from crosslora.run_folder import RunFolder
+from crosslora.run_folder import RunFolder, adapter_names
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,7 @@ def compare(runs: Sequence[str], adapters: Sequence[str] | None = None) -> list[
     rows = []
     for run in runs:
         folder = RunFolder.open(run)
-        if not folder.exists("run.json"):
-            raise UserError(f"{run}: holds no run.json; give the folder of a run")
-        of_run = [adapter["name"] for adapter in folder.read_json("run.json")["config"]["adapters"]]
+        of_run = adapter_names(folder)
         for name in of_run if adapters is None else adapters:
             file = f"evaluate/{name}/results.json"
             if not folder.exists(file):

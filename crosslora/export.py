@@ -19,7 +19,7 @@ from crosslora import __version__
 from crosslora.adapter import Adapter, read_adapter, write_adapter
 from crosslora.config import Config
 from crosslora.errors import UserError
-from crosslora.identity import target_identity
+from crosslora.identity import base_identity
 from crosslora.models import load_config, load_model, resolve
 from crosslora.projection.build import build_transfer
 from crosslora.projection.mapping import check_shape
@@ -74,7 +74,7 @@ def export(
     learned = load_tensors(fitted.folder.read_bytes(f"{fitted.name}/projection.safetensors"))
     unknown = projection.load_state_dict(_own_names(learned), strict=False).unexpected_keys
     assert not unknown, unknown  # what is missing are buffers, made again above; nothing learned may get lost
-    identity = target_identity(config.target)
+    identity = base_identity(config.target)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_adapter(folder, projection.lora_factors(), config.target.base, config.target.revision)

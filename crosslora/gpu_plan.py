@@ -218,7 +218,7 @@ def _fit_cause(case: _Case, gpus: int) -> str:
         way = "take more GPUs, or a kind with more memory"
     return (
         f"a fit worker takes {fixed / 1e9:.1f} GB and {(memory.total + CONTEXT_BYTES - fixed) / 1e9:.1f} of activations "
-        f"and logits, {case.usable / 1e9:.1f} are usable: {way}"
+        f"and what comes and goes beside them, {case.usable / 1e9:.1f} are usable: {way}"
     )
 
 

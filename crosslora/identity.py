@@ -14,7 +14,7 @@ from crosslora.teacher.corpus import SCHEMA_VERSION
 
 
 @cache
-def target_identity(base: Base) -> dict[str, Any]:
+def base_identity(base: Base) -> dict[str, Any]:
     """Name, revision, and digests of a base, its tokenizer and its chat template (as loaded, not as stored)."""
     folder = resolve(base)
     chat = load_format(folder, base)
@@ -28,7 +28,7 @@ def target_identity(base: Base) -> dict[str, Any]:
 
 
 def source_identity(base: Base, adapter: Adapter) -> dict[str, Any]:
-    return {**target_identity(base), "adapter": adapter.digest, "schema_version": SCHEMA_VERSION}
+    return {**base_identity(base), "adapter": adapter.digest, "schema_version": SCHEMA_VERSION}
 
 
 def prompt_identity(prompts: Prompts) -> list[str]:

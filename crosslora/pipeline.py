@@ -20,7 +20,7 @@ from crosslora.errors import UserError
 from crosslora.evaluation.evaluate import ROOM, evaluate, longest_conversation
 from crosslora.evaluation.tasks import read_items
 from crosslora.export import export
-from crosslora.identity import prompt_identity, source_identity, target_identity, task_identity
+from crosslora.identity import base_identity, prompt_identity, source_identity, task_identity
 from crosslora.models import context_length, embedding_place, resolve
 from crosslora.plan import make_plan
 from crosslora.progress import say
@@ -219,7 +219,7 @@ def _fit_inputs(config: Config, adapter: Adapter, filtered: Stage) -> dict[str, 
     return {
         "corpus": filtered.manifest(),
         "adapter": adapter.digest,
-        "target": target_identity(config.target),
+        "target": base_identity(config.target),
         "fit": config.fit.model_dump(mode="json", exclude=HOW_IT_IS_FITTED),
     }
 

@@ -96,7 +96,8 @@ def make_plan(config: Config, gpu: str | None = None, gpus: int | None = None) -
             for adapter, its_plan in zip(config.adapters, adapters, strict=True)
             for warning in (_other_name(adapter, config), _lost(its_plan))
             if warning
-        ],
+        ]
+        + _unused_gpus(config),
     )
     if gpu is None:
         _check_memory(plan, config)
@@ -120,6 +121,14 @@ def _other_name(adapter: AdapterSource, config: Config) -> str | None:
         f"adapters.{adapter.name} says that it was trained on {trained_on}, source.base is {config.source.base}: "
         "its shapes fit, but in a base with other weights it does something else"
     )
+
+
+def _unused_gpus(config: Config) -> list[str]:
+    if not torch.cuda.is_available() or config.cluster.gpus_per_engine or config.cluster.gpus_per_worker:
+        return []
+    return [
+        "cluster: there are GPUs here, and cluster.gpus_per_engine and cluster.gpus_per_worker are 0: all runs on the CPU"
+    ]
 
 
 def _lost(adapter: AdapterPlan) -> str | None:

@@ -242,13 +242,21 @@ def _is_gone(holder: dict[str, Any]) -> bool:
     return holder.get("host") == socket.gethostname() and _process_start(holder["pid"]) != holder["started"]
 
 
+def adapter_names(folder: RunFolder) -> list[str]:
+    """Of all adapters of a run; raises UserError for a folder that holds no run."""
+    return [adapter["name"] for adapter in _saved(folder)["adapters"]]
+
+
+def _saved(folder: RunFolder) -> dict[str, Any]:
+    if not folder.exists("run.json"):
+        raise UserError(f"{folder.uri}: holds no run.json; give the folder of a run")
+    config: dict[str, Any] = folder.read_json("run.json")["config"]
+    return config
+
+
 def stage_states(folder: RunFolder) -> dict[str, str]:
     """Every stage of every adapter of a run: done, started, or not started."""
-    if not folder.exists("run.json"):
-        raise UserError(
-            f"run: {folder.uri} is no run folder (it has no run.json); give the `run` of a configuration"
-        )
-    names = [adapter["name"] for adapter in folder.read_json("run.json")["config"]["adapters"]]
+    names = adapter_names(folder)
     return {f"{stage}/{name}": _state(folder, f"{stage}/{name}") for name in names for stage in STAGES}
 
 
@@ -260,11 +268,9 @@ def _state(folder: RunFolder, stage: str) -> str:
 
 def config_of_run(place: str) -> Config:
     """The configuration that a run was made with; raises UserError for a folder that holds no run."""
-    folder = RunFolder.open(place)
-    if not folder.exists("run.json"):
-        raise UserError(f"{place}: holds no run.json; give the folder of a run")
+    saved = _saved(RunFolder.open(place))
     try:
-        return Config.model_validate(folder.read_json("run.json")["config"])
+        return Config.model_validate(saved)
     except ValidationError as error:
         raise UserError(
             f"{place}: its run.json is of another version ({error.errors()[0]['msg']}); run `crosslora transfer` with its "

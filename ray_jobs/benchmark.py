@@ -60,7 +60,7 @@ def _synthesis(config: Config, folder: RunFolder, engines: int, samples: int) ->
     config = _with(config, "synthesis", settings)
     manifest = synthesize(config, config.adapters[0].path, folder.stage(f"synthesize/{engines}", {}))
     rate = manifest["response_tokens_per_second"]
-    gpus = config.gpus_per_engine_and_node
+    gpus = config.gpus_per_engine_and_node * config.synthesis.pipeline_parallel
     return {"engines": engines, "response_tokens_per_second": rate, **_per_device(rate, engines, gpus)}
 
 

@@ -104,7 +104,7 @@ def test_plan_on_gpus(pair: Path, said: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert shown.splitlines()[-1].startswith("-s cluster.gpus_per_engine=1 -s cluster.gpus_per_worker=1")
     made = json.loads(said(*command, "--json"))["on_gpus"]
     assert made["fit"]["settings"]["fit.workers"] == 8 and made["smallest"] == 1
-    assert set(made["memory"]["fit"]) == {"weights", "learned", "activations", "logits", "other", "total"}
+    assert set(made["memory"]["fit"]) == {"weights", "learned", "activations", "working", "other", "total"}
     settings = [argument for argument in shown.splitlines()[-1].split() if argument != "-s"]
     said("validate", pair / "c.yaml", *(f"--set={setting}" for setting in settings))
 

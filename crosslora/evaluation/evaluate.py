@@ -27,6 +27,7 @@ from crosslora.evaluation.results import (
 )
 from crosslora.evaluation.tasks import Item, answer_tokens, read_items
 from crosslora.models import context_length, resolve
+from crosslora.precision import decided
 from crosslora.projection.build import build_transfer
 from crosslora.run_folder import RunFolder, Stage
 from crosslora.serving import Model, Resources, serve_models
@@ -61,7 +62,7 @@ def evaluate(
         models = [TARGET_BASE, *folders]
         others = _ask(config, config.target, TARGET_BASE, folders, pair.student, tasks, models)
         answers, nats = answers | others[0], nats | others[1]
-    results = collect(config, tasks, answers, nats, held_out_kl)
+    results = collect(decided(config), tasks, answers, nats, held_out_kl)
     stage.folder.write_json(f"{stage.name}/results.json", results)
     stage.folder.write_json(f"{stage.name}/answers.json", _plain(answers))
     write_report(stage, results)

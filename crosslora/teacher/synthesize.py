@@ -156,7 +156,7 @@ def synthesize(config: Config, adapter: Path, stage: Stage) -> dict[str, Any]:
             foreman = _Foreman(config, adapter, stage, pending, engines, board)
             try:
                 with progress("synthesize", settings.samples, "samples") as meter:
-                    meter.start_at(len(done) * settings.shard_size)
+                    meter.start_at(sum(_size(index, settings) for index in done))
                     foreman.run(meter)
                     rate = foreman.rate()
             finally:
@@ -272,7 +272,7 @@ class _Foreman:
                 cause = str(error).strip().splitlines()[-1].strip()[:300]
                 raise UserError(
                     f"synthesize: the teacher's engine did not start ({cause}); mend that, or use "
-                    "synthesis.engine: transformers where vLLM cannot run the source base"
+                    "synthesis.engine: transformers, up to --until export, where vLLM cannot run the source base"
                 ) from error
             self._replace(actor, "while it started", error)
         else:

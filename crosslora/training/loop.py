@@ -52,12 +52,7 @@ def train_worker(job: dict[str, Any]) -> None:
     )  # DeepSpeed's CPU accelerator asks
     os.environ["LOCAL_RANK"] = str(context.get_local_rank())
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # On CPU DeepSpeed would compile an all-reduce of its own here: half a minute, a C++ compiler, and a path without
-    # spaces, for gradients that gloo moves in no time.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_init_required=False
-    )  # Ray made the group; ZeRO-3 asks for it while loading
+    join_group()
     config = Config.model_validate(job["config"])
     pair = TokenizerPair.load(config.source, config.target)
     samples = read_corpus(RunFolder.open(config.run), *job["corpus"])
@@ -74,6 +69,16 @@ def train_worker(job: dict[str, Any]) -> None:
             job["board"].add.remote({"event": "rehearsal"})
         train += rehearsal(engine.module.base, pair, train, config.fit.rehearsal, config.fit.random_seed)
     Loop(engine, config.fit, train, held_out, job["board"]).run()
+
+
+def join_group(backend: str | None = None) -> None:
+    """The group of all workers, which Ray has made; with a backend it is made from the environment's variables.
+
+    On CPU DeepSpeed would compile an all-reduce of its own here: half a minute, a C++ compiler, and a path without
+    spaces, for gradients that gloo moves in no time.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(backend, dist_init_required=backend is not None)
 
 
 def use_plain_attention(lengths: Iterable[int]) -> None:
@@ -113,7 +118,7 @@ def build_student(config: Config, projection: Projection) -> Student:
 
 
 def load_base(config: Config) -> PreTrainedModel:
-    """The target base; with ZeRO-3 only this worker's share of it stays. Every worker must call it."""
+    """The target base; with ZeRO-3 only this worker's share of it stays."""
     if config.fit.zero_stage == 3:
         base = load_model(resolve(config.target), "auto")
         keep_share(base, config.fit.dtype, ds_config(config.fit))
@@ -151,9 +156,7 @@ class Loop:
         self.engine, self.fit, self.train, self.held_out, self.board = engine, fit, train, held_out, board
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.vocabulary = engine.module.base.get_output_embeddings().weight.shape[0]
-        if hasattr(engine.module.base.get_output_embeddings().weight, "ds_shape"):
-            self.vocabulary = engine.module.base.get_output_embeddings().weight.ds_shape[0]
+        self.vocabulary = engine.module.base.get_output_embeddings().out_features
         self.progress = Progress()
         self.best = state.gather_parameters(engine)
 
@@ -166,7 +169,7 @@ class Loop:
             self.progress.step,
             None,
         )
-        while self.progress.step < self.fit.steps and self.progress.looks_without_gain < self.fit.patience:
+        while self.progress.step < self.fit.steps and not self._has_stalled():
             started = time.monotonic()
             loss, tokens = self._step([self.train[i] for i in next(batches)])
             self.progress.step += 1

@@ -16,11 +16,16 @@ def keep_share(base: PreTrainedModel, dtype: str, settings: dict[str, Any]) -> N
     Beside the shares no more than one weight is held at a time, and on CPU none where the files have the dtype.
     """
     _FromFiles(module=base, config_dict_or_path={**settings, "bf16": {"enabled": dtype == "bfloat16"}})
-    for module in base.modules():
-        if hasattr(module, "scalar_embed_scale"):  # Gemma's factor, which the files' dtype has rounded
-            module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=getattr(torch, dtype))
+    _restore_embed_scale(base, getattr(torch, dtype))
     for buffer in base.buffers():
         buffer.data = buffer.data.to(get_accelerator().current_device_name())
+
+
+def _restore_embed_scale(base: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Gemma multiplies its embeddings by a buffer, which was rounded to the dtype of the files."""
+    for module in base.modules():
+        if hasattr(module, "scalar_embed_scale"):
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=dtype)
 
 
 class _FromFiles(deepspeed.zero.Init):
@@ -28,7 +33,9 @@ class _FromFiles(deepspeed.zero.Init):
     files: those are not sent by the first."""
 
     def _zero_init_param(self, param: Any) -> None:
-        if param.requires_grad:  # the projection's, which the engine shares out by the same object
+        if (
+            param.requires_grad
+        ):  # of the projection: deepspeed.initialize shares it out through this object too
             super()._zero_init_param(param)
             return
         param.data = param.data.to(self.dtype)

@@ -18,10 +18,9 @@ def load_in_shares(rank: int, folder: str, port: int, dtype: str) -> None:
     import deepspeed
 
     from crosslora.models import load_model
-    from crosslora.training.loop import load_base
+    from crosslora.training.loop import join_group, load_base
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo")
+    join_group("gloo")
     fit = {"zero_stage": 3, "workers": 2, "batch_size": 2, "dtype": dtype}
     shared, plain = load_base(bare_config(target={"base": folder}, fit=fit)), load_model(folder, dtype)
     for name, parameter in shared.named_parameters():
