@@ -84,8 +84,9 @@ def test_zero_stages_agree(pair: Path, run: Path, zero_stage: int, dtype: str) -
     name = f"fit/zero{zero_stage} {dtype}"
     config = tiny_config(pair, run, zero_stage=zero_stage, dtype=dtype)
     losses = _losses(_fit(config, run, name))
-    # ZeRO's dummy Adam step makes the first steps differ a little
-    assert losses == pytest.approx(_losses(events(run / "fit/tiny/events.jsonl")), rel=0.05)
+    # ZeRO's dummy Adam step makes the first steps differ a little, bfloat16 those on the base's own text, which cost next to
+    # nothing
+    assert losses == pytest.approx(_losses(events(run / "fit/tiny/events.jsonl")), rel=0.05, abs=1e-3)
     check_last_checkpoint(RunFolder.open(str(run)).sub(name), config)
 
 
