@@ -14,8 +14,8 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from fastapi.responses import HTMLResponse
 from ray import serve
+from starlette.responses import HTMLResponse
 from starlette.types import Message
 
 from crosslora.adapter_watch import Files

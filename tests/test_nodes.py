@@ -276,7 +276,8 @@ def test_a_stopped_job_goes_on(
             300,
         )
         nodes.stop_job()
-        assert job.wait() != 0
+        job.wait()  # 0: for Ray a job that was stopped has not failed
+        assert "STOPPED" in nodes.ask("status").upper()
         seen.append(shards(stopped))
     nodes.job(*command)
     assert seen[0].items() <= seen[1].items() and shards(stopped) == seen[1]
