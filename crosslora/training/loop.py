@@ -132,9 +132,8 @@ def load_base(config: Config) -> PreTrainedModel:
 
 
 def build_engine(student: Student, settings: dict[str, Any]) -> Any:
-    student.projection.to(
-        get_accelerator().current_device_name()
-    )  # the engine leaves a base that is shared out as it is
+    # the engine moves no student whose base is shared out already
+    student.projection.to(get_accelerator().current_device_name())
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
     engine, *_ = deepspeed.initialize(

@@ -33,9 +33,8 @@ class _FromFiles(deepspeed.zero.Init):
     files: those are not sent by the first."""
 
     def _zero_init_param(self, param: Any) -> None:
-        if (
-            param.requires_grad
-        ):  # of the projection: deepspeed.initialize shares it out through this object too
+        # of the projection: deepspeed.initialize shares it out through this object too
+        if param.requires_grad:
             super()._zero_init_param(param)
             return
         param.data = param.data.to(self.dtype)
