@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ray import serve
@@ -72,6 +73,8 @@ class Engine:
         tasks = await self._engine.get_supported_tasks()
         self._app: Any = build_app(args, tasks, self._engine.model_config)
         await init_app_state(self._engine, self._app.state, args, tasks)
+        # vLLM's answer to a request whose engine is dead ends the server; here check_health ends the replica
+        self._app.state.server = SimpleNamespace(should_exit=False)
         self._models: Any = self._app.state.openai_serving_models
         self._without = await self._probe(None)
         version = await self._follow(0)

@@ -1,5 +1,5 @@
 """What runs in the process of a served model. vLLM imports this there by name (`worker_extension_cls`), before it
-loads the model; importing it makes vLLM use the grouped form of LoRA."""
+loads the model; importing it makes vLLM use the grouped form of LoRA, and take random seeds."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import select
 import threading
 from contextlib import suppress
 
-from crosslora import vllm_lora_cpu
+from crosslora import vllm_lora_cpu, vllm_seeds_cpu
 
 vllm_lora_cpu.install()
+vllm_seeds_cpu.install()
 
 
 class EndsWithReplica:

@@ -322,6 +322,21 @@ def test_references_are_as_likely_as_peft_says(
 
 
 @pytest.mark.real
+def test_a_seed_gives_the_same_answers_to_prompts_that_are_read_in_parts(server: Server) -> None:
+    """A step has room for one of these prompts and a part of the next."""
+    prompts = [[number] * 400 for number in IDS[:3]]
+
+    def texts(prompt: Any) -> list[str]:
+        answer = server.client.completions.create(
+            model="one", prompt=prompt, max_tokens=8, seed=1, temperature=1
+        )
+        return [choice.text for choice in answer.choices]
+
+    together = texts(prompts)  # before their prefixes are in the cache
+    assert together == [texts(prompt)[0] for prompt in prompts] and len(set(together)) > 1
+
+
+@pytest.mark.real
 def test_no_request_brings_it_down(server: Server) -> None:
     """2,000 random requests, most of them valid, some with values that nobody foresaw."""
     generator = random.Random(0)
