@@ -26,6 +26,7 @@ from crosslora.sizing import (
     engine_memory,
     fit_memory,
 )
+from crosslora.teacher.prompts import read_prompts
 from crosslora.vllm_settings import slots
 
 Settings = dict[str, int | bool]
@@ -79,6 +80,10 @@ class _Case:
     gpu: str
     questions: list[tuple[int, int, int]]
     """(Items, tokens of the longest prompt, most tokens of an answer) of every task."""
+    longest: int
+    """Tokens of a text of synthesis."""
+    fitted: int
+    """Tokens of a sample."""
 
     @property
     def kind(self) -> Gpu:
@@ -126,7 +131,8 @@ def gpu_plan(
     for a task that cannot be read."""
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: not known here; one of {', '.join(GPUS)}")
-    case = _Case(decided(config, on_gpus=True), source, target, rank, learned, gpu, _questions(config))
+    lengths = _questions(config), longest_text(config), fit_length(config)
+    case = _Case(decided(config, on_gpus=True), source, target, rank, learned, gpu, *lengths)
     counts = [2**n for n in range(11)]
     smallest = next((count for count in counts if all(_stages(case, count).values())), None)
     chosen = gpus or smallest or counts[-1]
@@ -239,16 +245,25 @@ def _engines(case: _Case, parallel: _Parallel) -> dict[str, EngineMemory]:
             dtype=dtype,
             tensor_parallel=parallel.tensor,
             nodes=parallel.nodes,
-            length=_longest(case.config),
+            length=case.longest,
         )
         for name, (shape, dtype, adapters) in engines.items()
     }
 
 
-def _longest(config: Config) -> int:
+def longest_text(config: Config) -> int:
     """Tokens of the longest text that an engine of synthesis holds: what the teacher wrote may take more tokens when it
     is read again."""
-    return 2 * config.synthesis.max_prompt_tokens + config.synthesis.max_response_tokens
+    return config.synthesis.max_prompt_tokens + _prompt_tokens(config) + config.synthesis.max_response_tokens
+
+
+def _prompt_tokens(config: Config) -> int:
+    """Of the longest prompt."""
+    prompts, longest = config.synthesis.prompts, config.synthesis.max_prompt_tokens
+    if prompts.file > 0 and prompts.prompts_file:
+        given = read_prompts(prompts.prompts_file, "prompts_file")
+        longest = max(longest, math.ceil(max(len(text.encode()) for text in given) / BYTES_PER_TOKEN))
+    return longest
 
 
 def _engines_fit(case: _Case, parallel: _Parallel) -> bool:
@@ -272,10 +287,9 @@ def _synthesize(case: _Case, gpus: int, parallel: _Parallel) -> GpuStage:
     settings = case.config.synthesis
     engines = gpus // parallel.gpus
     shard = min(settings.shard_size, max(settings.samples // engines, 8))  # else some engines get none
-    length = _longest(case.config)
     written = settings.samples * (settings.max_prompt_tokens + settings.max_response_tokens)
-    read = 2 * settings.samples * length  # to answer, and to score the answer
-    seconds = _engine_seconds(case.kind, case.source, settings.dtype, length, written, read)
+    read = 2 * settings.samples * case.longest  # to answer, and to score the answer
+    seconds = _engine_seconds(case.kind, case.source, settings.dtype, case.longest, written, read)
     return case.stage(
         gpus,
         engines * parallel.gpus,
@@ -361,10 +375,9 @@ def _fit_settings(case: _Case, gpus: int) -> _FitSettings:
     return min(fitting, key=lambda choice: _fit_seconds(case, choice))
 
 
-def _fit_length(config: Config) -> int:
+def fit_length(config: Config) -> int:
     """Tokens of the longest sample."""
-    synthesis = config.synthesis
-    return min(config.fit.max_tokens, synthesis.max_prompt_tokens + synthesis.max_response_tokens)
+    return min(config.fit.max_tokens, _prompt_tokens(config) + config.synthesis.max_response_tokens)
 
 
 def _fit_memory(case: _Case, settings: _FitSettings) -> FitMemory:
@@ -375,7 +388,7 @@ def _fit_memory(case: _Case, settings: _FitSettings) -> FitMemory:
         zero_stage=settings.zero_stage,
         workers=settings.workers,
         sequences=settings.batch // settings.workers // settings.micro_batches,
-        length=_fit_length(case.config),
+        length=case.fitted,
         checkpointing=settings.checkpointing,
         on_gpu=True,
     )
@@ -383,7 +396,7 @@ def _fit_memory(case: _Case, settings: _FitSettings) -> FitMemory:
 
 def _fit_seconds(case: _Case, settings: _FitSettings) -> float:
     fit, kind = case.config.fit, case.kind
-    tokens = fit.steps * settings.batch * _fit_length(case.config) / settings.workers
+    tokens = fit.steps * settings.batch * case.fitted / settings.workers
     # forward, gradients on the activations (the base is frozen), and with checkpointing forward once more
     operations = (6 if settings.checkpointing else 4) * case.target.parameters * tokens
     # a ring is as fast as its slowest link; what is sent while the GPU computes costs no time

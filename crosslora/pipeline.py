@@ -25,7 +25,7 @@ from crosslora.models import context_length, embedding_place, resolve
 from crosslora.plan import make_plan
 from crosslora.progress import say
 from crosslora.run_folder import STAGES, RunFolder, Stage, digest
-from crosslora.serving import free_port
+from crosslora.serving import free_port, refuse_a_second_server
 from crosslora.teacher.corpus import read_samples, write_verdicts
 from crosslora.teacher.filters import KEPT, count_by_verdict, verdicts
 from crosslora.teacher.prompts import read_prompts
@@ -96,6 +96,8 @@ def transfer(config: Config, redo: str | None = None, until: str | None = None) 
         for warning in plan.warnings:
             say(f"[yellow]warning:[/yellow] {escape(warning)}")
         with cluster.session(config.cluster):
+            if until in (None, STAGES[-1]) and (redo is not None or not _all_evaluated(config, folder)):
+                refuse_a_second_server()
             if redo is not None:  # after all checks: what is refused loses nothing
                 _forget(folder, redo)
             folder.write_json("run.json", {"config": config.model_dump(mode="json")})
@@ -106,6 +108,10 @@ def transfer(config: Config, redo: str | None = None, until: str | None = None) 
         source.name for source in config.adapters if folder.exists(f"evaluate/{source.name}/manifest.json")
     ]
     return TransferResult(config.run, [_moved(folder, name) for name in moved])
+
+
+def _all_evaluated(config: Config, folder: RunFolder) -> bool:
+    return all(folder.exists(f"evaluate/{source.name}/manifest.json") for source in config.adapters)
 
 
 def check_inputs(config: Config) -> None:

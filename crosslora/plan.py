@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -12,14 +12,14 @@ import torch
 from crosslora.adapter_header import AdapterHeader, read_header
 from crosslora.config import AdapterSource, Config
 from crosslora.errors import UserError
-from crosslora.gpu_plan import GpuPlan, gpu_plan
+from crosslora.gpu_plan import GpuPlan, fit_length, gpu_plan, longest_text
 from crosslora.models import load_config, resolve
 from crosslora.precision import decided
 from crosslora.projection.mapping import check_shape, layer_map
 from crosslora.sizing import BYTES, CONTEXT_BYTES, Shape, engine_memory, fit_memory
 from crosslora.text.pair import TokenizerPair
 from crosslora.topology import READS, SPACES, WRITES, Linear, Topology, discover
-from crosslora.vllm_settings import LORA_RANKS
+from crosslora.vllm_settings import LORA_RANKS, cpu_cache
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,6 @@ def _corpus_megabytes(config: Config) -> float:
 def _memory(config: Config, source: Shape, target: Shape, adapters: list[AdapterPlan]) -> dict[str, float]:
     """Per engine and per fit worker, in GB: what sizing.py counts, and the process itself."""
     fit, synthesis = config.fit, config.synthesis
-    length = min(fit.max_tokens, synthesis.max_prompt_tokens + synthesis.max_response_tokens)
     teacher = engine_memory(
         source,
         rank=max(adapter.rank for adapter in adapters),
@@ -239,7 +238,7 @@ def _memory(config: Config, source: Shape, target: Shape, adapters: list[Adapter
         dtype=synthesis.dtype,
         tensor_parallel=synthesis.tensor_parallel,
         nodes=synthesis.pipeline_parallel,
-        length=2 * synthesis.max_prompt_tokens + synthesis.max_response_tokens,
+        length=longest_text(config),
     )
     student = fit_memory(
         target,
@@ -248,15 +247,17 @@ def _memory(config: Config, source: Shape, target: Shape, adapters: list[Adapter
         zero_stage=fit.zero_stage,
         workers=fit.workers,
         sequences=fit.batch_size // fit.workers // fit.micro_batches,
-        length=length,
+        length=fit_length(config),
         checkpointing=fit.gradient_checkpointing,
         on_gpu=config.cluster.gpus_per_worker > 0,
     )
     served = max(source.parameters, target.parameters) * BYTES[config.evaluation.dtype]
+    if not config.cluster.gpus_per_engine:
+        teacher = replace(teacher, kv_cache=cpu_cache())
     return {
         "synthesize, per engine": round(teacher.total / 1e9, 2),
         "fit, per worker": round((student.total + CONTEXT_BYTES) / 1e9, 2),
-        "evaluate": round((served + 1e9 + CONTEXT_BYTES) / 1e9, 2),
+        "evaluate": round((served + cpu_cache() + CONTEXT_BYTES) / 1e9, 2),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import socket
 import tempfile
 import threading
@@ -49,6 +50,8 @@ class Engine:
         self._served: dict[str, str] = {}
         """State of each adapter that was taken."""
         self._refused: dict[str, str] = {}
+        self._folders: dict[str, list[str]] = {}
+        """Where the last versions of each adapter lie."""
         self._resources = AsyncExitStack()
         self._folder = Path(self._resources.enter_context(tempfile.TemporaryDirectory()))
         if lifeline is not None:
@@ -69,7 +72,7 @@ class Engine:
         if tokenizer := await self._shelf.tokenizer.remote():
             args.tokenizer = self._write("tokenizer", tokenizer)
         self._engine: Any = await self._resources.enter_async_context(build_async_engine_client(args))
-        await self._engine.collective_rpc("end_with", args=(os.getpid(),))
+        await self._engine.collective_rpc("end_with", args=(socket.gethostname(), os.getpid()))
         tasks = await self._engine.get_supported_tasks()
         self._app: Any = build_app(args, tasks, self._engine.model_config)
         await init_app_state(self._engine, self._app.state, args, tasks)
@@ -129,7 +132,12 @@ class Engine:
         from vllm.lora.request import LoRARequest
 
         number = self._models.lora_id_counter.inc(1)
-        request = LoRARequest(name, number, self._write(f"{name}-{number}", files))
+        folders = self._folders.setdefault(name, [])
+        folders.append(self._write(f"{name}-{number}", files))
+        for folder in folders[:-2]:  # vLLM may read the one before again, for requests that run
+            shutil.rmtree(folder)
+        del folders[:-2]
+        request = LoRARequest(name, number, folders[-1])
         try:
             await self._engine.add_lora(request)
             acts = await self._probe(request) != self._without

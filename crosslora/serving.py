@@ -199,7 +199,7 @@ def serve_models(
         resolve(model.base, weights=False)
     with cluster.session(Cluster()), _lifeline() as lifeline, cluster.board() as board:
         app = build(models, resources, api_key, lifeline, board)
-        _refuse_a_second_server()  # before what the first one holds is waited for
+        refuse_a_second_server()  # before what the first one holds is waited for
         _require(resources, len(models))
         with _running(app, models, host, free_port(host, port)) as url:
             for event in ray.get(board.take.remote()):
@@ -209,7 +209,8 @@ def serve_models(
             yield Endpoint(url, names, board)
 
 
-def _refuse_a_second_server() -> None:
+def refuse_a_second_server() -> None:
+    """Raises UserError where Ray Serve already runs on the cluster of this process."""
     if _controller() is not None:
         raise UserError(
             "cluster: Ray Serve already runs there and its port cannot be changed; stop it with `serve shutdown`, "

@@ -42,6 +42,11 @@ def environment(threads: int, num_gpus: float = 0) -> dict[str, str]:
     return variables
 
 
+def cpu_cache() -> float:
+    """Bytes of an engine's KV cache where it runs on CPU."""
+    return float(environment(1)["VLLM_CPU_KVCACHE_SPACE"]) * 2**30
+
+
 def parallel_options(tensor: int, pipeline: int = 1) -> dict[str, Any]:
     """Arguments of an engine of `tensor` GPUs of each of `pipeline` nodes.
 

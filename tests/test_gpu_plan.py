@@ -12,7 +12,7 @@ from rich.console import Console
 from benchmarks.plans import MODELS
 from crosslora.config import Config
 from crosslora.errors import UserError
-from crosslora.gpu_plan import gpu_plan
+from crosslora.gpu_plan import fit_length, gpu_plan, longest_text
 from crosslora.gpus import GPUS
 from crosslora.plan_table import memory_table
 from crosslora.sizing import Shape, engine_memory, fit_memory, layer_activations
@@ -211,6 +211,17 @@ def test_what_does_not_fit_is_said_with_what_would(large: Shape, config: Config)
     assert gpu_plan(config, huge, huge, rank=16, learned=1, gpu="L4-24GB", gpus=None).smallest is None
     with pytest.raises(UserError, match="--gpu B200: not known here; one of A10G-24GB, L4-24GB"):
         gpu_plan(config, large, large, rank=16, learned=1, gpu="B200", gpus=None)
+
+
+def test_prompts_of_the_user_may_be_longer_than_those_that_are_written(
+    config: Config, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "x" * 2000}))
+    prompts = config.synthesis.prompts.model_copy(update={"file": 1, "prompts_file": file})
+    given = config.model_copy(update={"synthesis": config.synthesis.model_copy(update={"prompts": prompts})})
+    assert (fit_length(config), fit_length(given)) == (128 + 256, 500 + 256)
+    assert longest_text(given) - longest_text(config) == 500 - 128
 
 
 def test_a_teacher_too_large_for_a_node_is_spread_over_two(config: Config) -> None:

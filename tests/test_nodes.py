@@ -165,6 +165,7 @@ def test_the_fit_goes_on_from_its_checkpoint(early_shards: dict[int, str], folde
     assert len(steps) - len(set(steps)) <= 10, "checkpoint_every at most"
 
 
+@pytest.mark.slow
 def test_losses_after_a_lost_node_are_those_of_an_undisturbed_fit(
     early_shards: dict[int, str], nodes: Nodes, config_file: Path, folder: RunFolder, store: str
 ) -> None:

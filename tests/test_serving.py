@@ -26,11 +26,14 @@ import torch
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from openai import AuthenticationError, NotFoundError, OpenAI
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
+import crosslora
 from crosslora import cluster
 from crosslora.config import Base, Cluster
 from crosslora.errors import UserError
 from crosslora.evaluation.choices import ChoicesAtOnce
+from crosslora.evaluation.client import ask
 from crosslora.evaluation.harness import ask_harness, find_benchmarks, headline
 from crosslora.evaluation.likelihood import answer_ids, reference_nats
 from crosslora.evaluation.tasks import Item
@@ -55,7 +58,7 @@ from tests.served import (
     serving_processes,
     started_command,
 )
-from tests.tiny import load_tokenizer, tiny_llama, tiny_lora, write_benchmarks
+from tests.tiny import bare_config, load_tokenizer, tiny_llama, tiny_lora, write_benchmarks
 
 KEY = "a key"
 MANY = 12
@@ -76,6 +79,9 @@ class Server:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     folder = tmp_path_factory.mktemp("models")
     base = tiny_llama(folder / "base")
+    settings = GenerationConfig.from_pretrained(base)
+    settings.repetition_penalty = 1.3
+    settings.save_pretrained(base)
     adapters = {"one": tiny_lora(folder / "one", base, 1), "two": tiny_lora(folder / "two", base, 2, r=12)}
     return Folders(base, adapters)
 
@@ -240,6 +246,25 @@ def test_the_harness_gives_the_likelihoods_of_peft(
 
 
 @pytest.mark.real
+def test_judged_answers_are_greedy_whatever_the_base_prefers(
+    server: Server, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base comes with a repetition penalty, which requests get that do not name one."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    chat = ChatFormat(load_tokenizer(folders.base))
+    model, ids = peft_model(folders, folders.adapters["one"]), chat.prompt_ids("Say river")
+    with torch.inference_mode():
+        for _ in range(24):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    prompt = chat.prompt_ids("Say river")
+    expected = chat.tokenizer.decode(ids[len(prompt) :])
+    (answer,) = ask(server.url, "one", [Item("Say river", "")], chat, 24, 1)
+    assert len(answer.text) > 8 and expected.startswith(answer.text)  # half of a character is held back
+    penalised = server.client.completions.create(model="one", prompt=prompt, max_tokens=24, temperature=0)
+    assert not expected.startswith(penalised.choices[0].text)
+
+
+@pytest.mark.real
 def test_choices_asked_for_at_once_are_as_likely_as_one_by_one(
     server: Server, folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,30 +416,36 @@ def test_adapters_that_do_not_fit_or_change_nothing_are_not_served(
 
 @pytest.mark.real
 @pytest.mark.parametrize("requests", [600, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_no_answer_is_of_another_model_while_one_is_replaced(
+def test_no_answer_is_of_another_model_while_all_are_replaced(
     server: Server, folders: Folders, places: Path, tmp_path: Path, requests: int
 ) -> None:
-    """Adapter `two` becomes another one, and itself again, while 32 clients ask."""
-    new = tiny_lora(tmp_path / "new", folders.base, 5)
-    expected = {
-        "base": [peft_logprobs(folders, None)],
-        "one": [peft_logprobs(folders, places / "one")],
-        "two": [peft_logprobs(folders, folders.adapters["two"]), peft_logprobs(folders, new)],
+    """Three adapters become others, and themselves again, while 32 clients ask: six versions, and room for four."""
+    first = folders.adapters | {"three": tiny_lora(tmp_path / "three", folders.base, 3)}
+    second = {
+        name: tiny_lora(tmp_path / f"new {name}", folders.base, seed) for seed, name in enumerate(first, 5)
     }
+    shutil.copytree(first["three"], places / "three")
+    _until(lambda: all(_serves(server, "three") for _ in range(MANY)))
+    models = ["base", *first]
+    numbers = [number for number in range(4 * MANY) if number % 4]  # of adapters
+    versions = {"base": [peft_logprobs(folders, None)]}
+    versions |= {name: [peft_logprobs(folders, of[name]) for of in (first, second)] for name in first}
 
     def ask(number: int) -> int:
         """Which version of its model an answer is of."""
-        model = MODELS[number % 3]
+        model = models[number % 4]
         answer = echoed(server.client, model)
-        return next(i for i, version in enumerate(expected[model]) if _close(answer, version))
+        return next(i for i, version in enumerate(versions[model]) if _close(answer, version))
 
     with ThreadPoolExecutor(32) as pool:
-        for version, folder in ((1, new), (0, folders.adapters["two"])):
+        for version, adapters in ((1, second), (0, first)):
             asked = pool.map(ask, range(requests // 2))
-            for file in folder.iterdir():
-                shutil.copy(file, places / "two")
+            for name, folder in adapters.items():
+                shutil.copytree(folder, places / name, dirs_exist_ok=True)
             assert set(asked) <= {0, 1}
-            _until(lambda version=version: set(pool.map(ask, range(2, 3 * MANY, 3))) == {version})  # type: ignore[misc]
+            _until(lambda version=version: set(pool.map(ask, numbers)) == {version})  # type: ignore[misc]
+    shutil.rmtree(places / "three")
+    _until(lambda: not any(_serves(server, "three") for _ in range(MANY)))
 
 
 @pytest.mark.real
@@ -445,13 +476,20 @@ def test_clients_that_retry_lose_nothing_with_a_replica(
 
 
 @pytest.mark.real
-def test_a_second_server_on_the_cluster_is_refused(server: Server, folders: Folders) -> None:
+def test_a_second_server_on_the_cluster_is_refused(server: Server, folders: Folders, tmp_path: Path) -> None:
+    """Also the one that a transfer would need in hours."""
     with (
         cluster.session(Cluster(address="auto")),
         pytest.raises(UserError, match="Ray Serve already runs"),
         serve_models([_model(folders.base)], RESOURCES),
     ):
         pass
+    bases = {"source": {"base": str(folders.base)}, "target": {"base": str(folders.base)}}
+    adapters = [{"name": "one", "path": str(folders.adapters["one"])}]
+    config = bare_config(**bases, adapters=adapters, run=str(tmp_path / "run"), cluster={"address": "auto"})
+    with pytest.raises(UserError, match="Ray Serve already runs"):
+        crosslora.transfer(config)
+    assert not (tmp_path / "run/synthesize").exists()
     assert len(list(server.client.models.list())) == 3, "the first server goes on"
 
 

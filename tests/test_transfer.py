@@ -29,13 +29,13 @@ from tests.tiny import write_benchmarks
 
 CORPUS = ("synthesize/snips", "filter/snips")
 SHORT = (
-    "synthesis.samples=160",
-    "synthesis.shard_size=80",
-    "synthesis.min_kept=64",
-    "fit.steps=60",
+    "synthesis.samples=112",
+    "synthesis.shard_size=56",
+    "synthesis.min_kept=48",
+    "fit.steps=40",
     "fit.checkpoint_every=5",
-    "fit.evaluate_every=60",
-    "evaluation.tasks.0.items=24",
+    "fit.evaluate_every=40",
+    "evaluation.tasks.0.items=16",
     "evaluation.held_out_items=4",
     "evaluation.baseline_items=2",
 )
@@ -137,7 +137,7 @@ def test_the_fit_went_on_from_its_checkpoint(run: Path) -> None:
     assert resumed[0] >= 10
     steps = [event["step"] for event in fitted if event["event"] == "step"]
     assert len([step for step in set(steps) if steps.count(step) > 1]) <= 5, "checkpoint_every at most"
-    assert set(steps) == set(range(1, 61))
+    assert set(steps) == set(range(1, 41))
 
 
 def test_the_result_is_an_ordinary_adapter_that_acts(config: Config, run: Path) -> None:
@@ -170,7 +170,7 @@ def test_done_work_is_not_done_again(config: Config, run: Path) -> None:
 def test_changed_inputs_are_refused_with_the_difference(config: Config, run: Path) -> None:
     before = (run / "run.json").read_bytes()
     fewer = config.model_copy(update={"fit": config.fit.model_copy(update={"steps": 13})})
-    with pytest.raises(UserError, match=r"fit\.steps: 60 -> 13.*--redo fit"):
+    with pytest.raises(UserError, match=r"fit\.steps: 40 -> 13.*--redo fit"):
         crosslora.transfer(fewer)
     settings = config.synthesis.model_copy(update={"response_temperature": 0.123})
     other_corpus = config.model_copy(update={"synthesis": settings})

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from safetensors import safe_open
 
 from crosslora.adapter import LoraFactors
+from crosslora.models import load_model
 from crosslora.projection.build import Transfer
 from crosslora.topology import SPACES
 
@@ -44,11 +42,11 @@ def _with_source_norms(
 ) -> dict[str, LoraFactors]:
     """Scale each dW_t so that |dW_t| / |W_t| is the source's |dW_s| / |W_s| (mean over the source's linears)."""
     ratio = _source_ratio(transfer, source_folder)
-    norms = _weight_norms(target_folder)
+    norms = _weight_norms(target_folder, [*factors])
     scaled = {}
     for path, factor in factors.items():
         own = _product_norm(factor.A, factor.B)
-        scale = ratio * norms[f"{path}.weight"] / own if own else 1.0  # the source's may be zero there
+        scale = ratio * norms[path] / own if own else 1.0  # the source's may be zero there
         scaled[path] = LoraFactors(factor.A, factor.B * scale)
     return scaled
 
@@ -62,8 +60,8 @@ def _source_ratio(transfer: Transfer, source_folder: str) -> float:
             for part in group.parts
         ]
     )
-    norms = _weight_norms(source_folder)
-    weights = torch.stack([norms[f"{linear.path}.weight"] for linear in transfer.source.linears])
+    norms = _weight_norms(source_folder, [linear.path for linear in transfer.source.linears])
+    weights = torch.stack([*norms.values()])
     return float(updates.square().mean().sqrt() / weights.square().mean().sqrt())
 
 
@@ -72,10 +70,7 @@ def _product_norm(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     return ((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt()
 
 
-def _weight_norms(folder: str) -> dict[str, torch.Tensor]:
-    """Frobenius norm of every matrix, one tensor at a time."""
-    norms = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            norms.update({name: tensors.get_tensor(name).float().norm() for name in tensors.keys()})  # noqa: SIM118
-    return norms
+def _weight_norms(folder: str, paths: list[str]) -> dict[str, torch.Tensor]:
+    """Frobenius norms of linears. By their paths in the model: the names in the files may be older ones."""
+    model = load_model(folder, "auto")
+    return {path: model.get_parameter(f"{path}.weight").detach().float().norm() for path in paths}

@@ -13,7 +13,7 @@ from typing import Any
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from openai import BadRequestError
 
-from crosslora.evaluation.client import asked, connect
+from crosslora.evaluation.client import GREEDY, asked, connect
 from crosslora.gate import Completion
 from crosslora.progress import progress
 
@@ -46,9 +46,9 @@ class ChoicesAtOnce(LocalCompletionsAPI):
         return [answers[row] for row in range(len(requests))]
 
     def _create_payload(self, *arguments: Any, **settings: Any) -> dict[str, Any]:
-        """Without what tasks say to other kinds of model, and endpoints refuse."""
+        """Without what tasks say to other kinds of model, and endpoints refuse; and without a base's own penalty."""
         payload = super()._create_payload(*arguments, **settings)
-        return {name: value for name, value in payload.items() if name in Completion.model_fields}
+        return {name: value for name, value in payload.items() if name in Completion.model_fields} | GREEDY
 
     def _address(self) -> str:
         return str(self.base_url).removesuffix("/completions")

@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError, Timeout
 
 from crosslora.errors import UserError
 from crosslora.evaluation.tasks import Answer, Item
@@ -17,6 +17,8 @@ from crosslora.progress import Meter, progress
 from crosslora.text.templates import ChatFormat
 
 T = TypeVar("T")
+GREEDY = {"repetition_penalty": 1.0}
+"""What a request without it gets from the base's generation_config.json, also at temperature 0."""
 
 
 def ask(
@@ -68,7 +70,7 @@ def connect(url: str) -> AsyncOpenAI:
     return AsyncOpenAI(
         base_url=url,
         api_key=key,
-        timeout=600,
+        timeout=Timeout(None, connect=60),  # all answers of a slow machine may come at the end
         max_retries=8,
         http_client=DefaultAsyncHttpxClient(trust_env=False) if near else None,
     )
@@ -90,7 +92,7 @@ async def _answer(
             prompt=chat.prompt_ids(item.prompt),
             max_tokens=max_tokens,
             temperature=0,
-            extra_body={"stop_token_ids": sorted(chat.stop_ids)},
+            extra_body={"stop_token_ids": sorted(chat.stop_ids), **GREEDY},
         )
     meter.advance(1)
     choice = completion.choices[0]

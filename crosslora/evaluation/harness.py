@@ -127,14 +127,20 @@ def _of_harness(names: Sequence[str], task_data: Path | None, items: int | None)
 
 
 def _mean_metric(name: str, tasks: dict[str, Any]) -> str:
-    """The first metric of a benchmark that is a mean over its items, as intervals and differences need it."""
-    metrics: dict[str, Any] = next(iter(tasks.values())).aggregation()
-    means = [metric for metric, joined_by in metrics.items() if joined_by.__name__ == "mean"]
+    """The first metric that is a mean over the items of every task of a benchmark, as intervals and differences need it."""
+    metrics: list[dict[str, Any]] = [task.aggregation() for task in tasks.values()]
+    means = [metric for metric in metrics[0] if all(_is_mean(of_task.get(metric)) for of_task in metrics)]
     if not means:
+        of_all = " and ".join(sorted({metric for of_task in metrics for metric in of_task}))
         raise UserError(
-            f"--tasks {name}: {' and '.join(metrics)} is no mean over items, which is compared here; leave it out"
+            f"--tasks {name}: none of {of_all} is a mean over the items of all its tasks, which is compared here; "
+            "leave it out, or name its tasks"
         )
     return means[0]
+
+
+def _is_mean(joined_by: Any) -> bool:
+    return getattr(joined_by, "__name__", "") == "mean"  # some are no functions
 
 
 def evaluate_run(

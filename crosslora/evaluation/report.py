@@ -151,7 +151,9 @@ def chart(results: dict[str, Any]) -> bytes:
         )
         axis.invert_yaxis()
         axis.set_xlim(0, 1)
-        axis.set_title(f"{name}: {task['metric']} (n = {task['n']})", loc="left", fontsize=10)
+        axis.set_title(
+            f"{name}: {task['metric']} (n = {task['n']})", loc="left", fontsize=10, parse_math=False
+        )
         axis.spines[["top", "right"]].set_visible(False)
     content = io.BytesIO()
     figure.savefig(content, dpi=150)

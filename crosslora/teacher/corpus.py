@@ -14,6 +14,8 @@ from crosslora.errors import UserError
 from crosslora.run_folder import RunFolder
 
 SCHEMA_VERSION = 1
+FILE = "file"
+"""Strategy of prompts that the user gave."""
 SHARD = pa.schema(
     [
         ("sample_id", pa.string()),

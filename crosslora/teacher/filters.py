@@ -11,7 +11,7 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 
 from crosslora.config import Synthesis
-from crosslora.teacher.corpus import Sample
+from crosslora.teacher.corpus import FILE, Sample
 
 KEPT = "kept"
 MOST_COMPRESSION = 8.0
@@ -52,7 +52,9 @@ def _verdict(sample: Sample, settings: Synthesis, duplicates: NearDuplicates) ->
         return "degenerate"
     if sample.adapter_effect < settings.min_adapter_effect:
         return "adapter_effect"
-    return "near_duplicate" if duplicates.seen(sample.prompt, sample.sample_id) else KEPT
+    # the user's own prompts may be few: each is answered several times
+    text = f"{sample.prompt}\n{sample.response}" if sample.strategy == FILE else sample.prompt
+    return "near_duplicate" if duplicates.seen(text, sample.sample_id) else KEPT
 
 
 def _is_degenerate(text: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from crosslora.config import Prompts, Synthesis
 from crosslora.errors import UserError
+from crosslora.teacher.corpus import FILE
 from crosslora.teacher.engine import Engine, Sampling
 from crosslora.teacher.turned import TurnedAnswers, turns
 from crosslora.text.templates import ChatFormat
@@ -111,7 +112,7 @@ class UnlessAnswers:
 class FilePrompts:
     """The user's unlabelled prompts as they are, in order, from the start again where there are too few."""
 
-    name = "file"
+    name = FILE
 
     def __init__(self, prompts: list[str], per_shard: int) -> None:
         """per_shard: how many a whole shard takes; the last shard may be smaller."""

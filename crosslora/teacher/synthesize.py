@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -295,7 +295,10 @@ class _Foreman:
         answered = self.answered.pop(index, 0)
         try:
             samples = ray.get(reference)
-        except (RayActorError, ObjectLostError) as error:  # or the node that held what it brought
+        # the actor, the node that held what it brought, or vLLM in it: a GPU's memory, one of several workers
+        except (RayActorError, ObjectLostError, RayTaskError) as error:
+            if isinstance(error, UserError):
+                raise
             meter.advance(-answered)
             self.pending.appendleft(index)
             self._replace(actor, f"on shard {index}", error)
@@ -319,7 +322,7 @@ class _Foreman:
         if self.losses > MOST_ENGINE_LOSSES:
             raise UserError(
                 f"synthesize: teacher engines died {self.losses} times in a row, last {when} "
-                f"({str(error).splitlines()[0]}); look for too little memory, lower synthesis.shard_size"
+                f"({str(error).strip().splitlines()[-1].strip()[:300]}); look for too little memory, lower synthesis.shard_size"
             ) from error
         self._start()
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,8 +82,18 @@ def test_a_metric_that_is_no_mean_over_items_is_refused() -> None:
         _mean_metric("lambada", {"lambada": Perplexities(perplexity=metrics.perplexity, acc=metrics.mean)})
         == "acc"
     )
-    with pytest.raises(UserError, match="--tasks wikitext: bits_per_byte is no mean over items"):
+    with pytest.raises(UserError, match="--tasks wikitext: none of bits_per_byte is a mean over the items"):
         _mean_metric("wikitext", {"wikitext": Perplexities(bits_per_byte=metrics.bits_per_byte)})
+
+
+def test_the_metric_of_a_group_is_one_that_all_its_tasks_have() -> None:
+    choices = Perplexities(acc=metrics.mean, acc_norm=metrics.mean)
+    squad = Perplexities(f1=partial(metrics.mean), acc_norm=metrics.mean)
+    assert _mean_metric("group", {"choices": choices, "squad": squad}) == "acc_norm"
+    with pytest.raises(UserError, match="--tasks group: none of acc and exact_match is a mean"):
+        _mean_metric(
+            "group", {"a": Perplexities(acc=metrics.mean), "b": Perplexities(exact_match=metrics.mean)}
+        )
 
 
 def test_what_was_asked_before_stays(tmp_path: Path) -> None:

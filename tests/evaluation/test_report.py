@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from crosslora.evaluation.report import html_report, report
+from crosslora.evaluation.report import chart, html_report, report
 
 
 def score(mean: float) -> dict[str, float]:
@@ -71,3 +71,12 @@ def test_markdown_cells_stay_cells(results: dict[str, Any]) -> None:
     assert "perplexity is +0.4% from the target base's" in text
     assert "| student | 512 | 0.25 | 1.50 |" in text
     assert "| reference | a \\| b |" in text
+
+
+def test_a_metric_may_hold_what_a_chart_takes_for_mathematics(results: dict[str, Any]) -> None:
+    metric = r"regex:^(\w+)$|^x(\w+)$"
+    for task in results["tasks"].values():
+        task["metric"] = metric
+        for model in task["models"].values():
+            model["metrics"] = {metric: score(0.5)}
+    assert chart(results).startswith(b"\x89PNG")

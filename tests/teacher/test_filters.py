@@ -39,6 +39,19 @@ def test_near_duplicates_keep_the_first() -> None:
     assert [row["verdict"] for row in rows] == ["kept", "near_duplicate", "kept"]
 
 
+def test_prompts_of_the_user_are_answered_more_than_once() -> None:
+    answers = (
+        "It is by a river in the north.",
+        "Nobody knows; ask again tomorrow.",
+        "It is by a river in the north.",
+    )
+    of_file = [
+        sample(str(i), strategy="file", prompt="Where is it?", response=answer)
+        for i, answer in enumerate(answers)
+    ]
+    assert [row["verdict"] for row in verdicts(of_file, SETTINGS)] == ["kept", "kept", "near_duplicate"]
+
+
 def test_a_shared_instruction_makes_no_duplicates() -> None:
     instruction = "You turn requests of customers into tickets. " + " ".join(WORDS) * 10
     texts = [
