@@ -70,7 +70,7 @@ class Prompts(_Section):
     seeds_file: Path | None = None
     """JSON lines with a `prompt` field: a few real prompts."""
     prompts_file: Path | None = None
-    """JSON lines with a `prompt` field, used as they are."""
+    """JSON lines with a `prompt` field, used as they are; each is answered several times where there are too few."""
 
     @model_validator(mode="after")
     def _complete(self) -> Prompts:
