@@ -33,7 +33,7 @@ from crosslora import cluster
 from crosslora.config import Base, Cluster
 from crosslora.errors import UserError
 from crosslora.evaluation.choices import ChoicesAtOnce
-from crosslora.evaluation.client import ask
+from crosslora.evaluation.client import GREEDY, ask
 from crosslora.evaluation.harness import ask_harness, find_benchmarks, headline
 from crosslora.evaluation.likelihood import answer_ids, reference_nats
 from crosslora.evaluation.tasks import Item
@@ -192,7 +192,7 @@ def test_the_page_shows_answers_side_by_side(server: Server) -> None:
 
 @pytest.mark.real
 def test_a_prompt_of_token_ids_is_completed(server: Server) -> None:
-    options = {"ignore_eos": True, "return_tokens_as_token_ids": True}
+    options = {"ignore_eos": True, "return_tokens_as_token_ids": True, **GREEDY}
     answer = server.client.completions.create(
         model="one", prompt=IDS, max_tokens=5, temperature=0, logprobs=3, extra_body=options
     )
