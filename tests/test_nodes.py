@@ -33,7 +33,7 @@ from tests.tiny import load_tokenizer
 from tests.tiny_pair import make_pair, tiny_config
 
 pytestmark = pytest.mark.real
-SAMPLES, SHARD, STEPS = 3200, 200, 60
+SAMPLES, SHARD, STEPS = 2000, 200, 60
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,7 @@ def early_shards(nodes: Nodes, config_file: Path, folder: RunFolder) -> dict[int
     return early
 
 
+@pytest.mark.slow
 def test_a_mistake_fails_the_job_with_a_sentence(nodes: Nodes, config_file: Path) -> None:
     """Submitted with the environment that the project brings."""
     job = nodes.begin_job(

@@ -6,6 +6,7 @@ from benchmarks.load import SHAPE, measure
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_private_memory_at_load_is_the_share() -> None:
     """And less than one of the largest tensors; all of the weights would be eight of them."""
     (row,) = measure(SHAPE, (2,))

@@ -11,16 +11,24 @@ from crosslora.serving import free_port
 from tests.tiny import bare_config, tiny_gemma
 
 
-def load_in_shares(rank: int, folder: str, port: int, dtype: str) -> None:
-    """As one of two fit workers; every weight that is gathered, and every buffer, is the plain model's."""
+def load_in_shares(rank: int, folders: dict[str, str], port: int) -> None:
+    """As one of two fit workers, in each dtype."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_SIZE": "2", "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    from crosslora.training.loop import join_group
+
+    join_group("gloo")
+    for dtype, folder in folders.items():
+        compare(folder, dtype)
+
+
+def compare(folder: str, dtype: str) -> None:
+    """Every weight that is gathered, and every buffer, is the plain model's."""
     import deepspeed
 
     from crosslora.models import load_model
-    from crosslora.training.loop import join_group, load_base
+    from crosslora.training.loop import load_base
 
-    join_group("gloo")
     fit = {"zero_stage": 3, "workers": 2, "batch_size": 2, "dtype": dtype}
     shared, plain = load_base(bare_config(target={"base": folder}, fit=fit)), load_model(folder, dtype)
     for name, parameter in shared.named_parameters():
@@ -33,8 +41,7 @@ def load_in_shares(rank: int, folder: str, port: int, dtype: str) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(("stored", "dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
-def test_shares_are_those_of_the_plain_model(tmp_path: Path, stored: str, dtype: str) -> None:
-    folder = str(tiny_gemma(tmp_path / "base", dtype=getattr(torch, stored)))
-    arguments = (folder, free_port("127.0.0.1", 0), dtype)
-    spawn(load_in_shares, arguments, nprocs=2)
+def test_shares_are_those_of_the_plain_model(tmp_path: Path) -> None:
+    stored = {"float32": torch.bfloat16, "bfloat16": torch.float32}
+    folders = {dtype: str(tiny_gemma(tmp_path / dtype, dtype=of_files)) for dtype, of_files in stored.items()}
+    spawn(load_in_shares, (folders, free_port("127.0.0.1", 0)), nprocs=2)
