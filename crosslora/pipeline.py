@@ -96,7 +96,8 @@ def transfer(config: Config, redo: str | None = None, until: str | None = None) 
         for warning in plan.warnings:
             say(f"[yellow]warning:[/yellow] {escape(warning)}")
         with cluster.session(config.cluster):
-            if until in (None, STAGES[-1]) and (redo is not None or not _all_evaluated(config, folder)):
+            done = redo is None and len(_evaluated(config, folder)) == len(config.adapters)
+            if until in (None, STAGES[-1]) and not done:
                 refuse_a_second_server()
             if redo is not None:  # after all checks: what is refused loses nothing
                 _forget(folder, redo)
@@ -104,14 +105,12 @@ def transfer(config: Config, redo: str | None = None, until: str | None = None) 
             folder.write_json("plan.json", plan.as_dict())
             for source in config.adapters:
                 _transfer_one(config, source, folder, until)
-    moved = [
-        source.name for source in config.adapters if folder.exists(f"evaluate/{source.name}/manifest.json")
-    ]
-    return TransferResult(config.run, [_moved(folder, name) for name in moved])
+    return TransferResult(config.run, [_moved(folder, name) for name in _evaluated(config, folder)])
 
 
-def _all_evaluated(config: Config, folder: RunFolder) -> bool:
-    return all(folder.exists(f"evaluate/{source.name}/manifest.json") for source in config.adapters)
+def _evaluated(config: Config, folder: RunFolder) -> list[str]:
+    names = [source.name for source in config.adapters]
+    return [name for name in names if folder.exists(f"evaluate/{name}/manifest.json")]
 
 
 def check_inputs(config: Config) -> None:

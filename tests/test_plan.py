@@ -44,6 +44,17 @@ def test_an_adapter_of_layers_that_feed_no_layer_is_refused(folder: Path) -> Non
         make_plan(config_of(folder, "layers.1.mlp.gate_proj"))
 
 
+def test_an_engine_on_cpu_has_the_cache_that_it_is_given(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, taken = config_of(folder, "o_proj"), []
+    for gib in ("1", "3"):
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", gib)
+        memory = make_plan(config).memory_gigabytes
+        taken.append([memory["synthesize, per engine"], memory["evaluate"]])
+    assert [b - a for a, b in zip(*taken, strict=True)] == pytest.approx([2 * 2**30 / 1e9] * 2, abs=0.011)
+
+
 def without_mlp(config: PretrainedConfig) -> Topology:
     found = discover(config)
     kept = tuple(linear for linear in found.linears if "mlp" not in linear.path)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.request
@@ -437,6 +438,7 @@ def test_no_answer_is_of_another_model_while_all_are_replaced(
         answer = echoed(server.client, model)
         return next(i for i, version in enumerate(versions[model]) if _close(answer, version))
 
+    started = time.time()
     with ThreadPoolExecutor(32) as pool:
         for version, adapters in ((1, second), (0, first)):
             asked = pool.map(ask, range(requests // 2))
@@ -444,6 +446,9 @@ def test_no_answer_is_of_another_model_while_all_are_replaced(
                 shutil.copytree(folder, places / name, dirs_exist_ok=True)
             assert set(asked) <= {0, 1}
             _until(lambda version=version: set(pool.map(ask, numbers)) == {version})  # type: ignore[misc]
+    written = Path(tempfile.gettempdir()).glob("tmp*/three-*")
+    of_replicas = {folder.parent for folder in written if folder.stat().st_mtime > started}
+    assert [len([*folder.glob("one-*")]) for folder in of_replicas] == [2, 2], "the last two versions"
     shutil.rmtree(places / "three")
     _until(lambda: not any(_serves(server, "three") for _ in range(MANY)))
 

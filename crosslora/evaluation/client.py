@@ -18,7 +18,7 @@ from crosslora.text.templates import ChatFormat
 
 T = TypeVar("T")
 GREEDY = {"repetition_penalty": 1.0}
-"""What a request without it gets from the base's generation_config.json, also at temperature 0."""
+"""A request without it gets the penalty of the base's generation_config.json, also at temperature 0."""
 
 
 def ask(

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from crosslora import cluster
 from crosslora.run_folder import RunFolder, Stage
+from crosslora.teacher import synthesize as synthesis
 from crosslora.teacher.corpus import read_samples
 from crosslora.teacher.synthesize import synthesize
+from tests.failing import FailsOnce
 from tests.tiny_pair import make_pair, tiny_config
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -52,6 +54,16 @@ def test_an_engine_that_dies_is_replaced(pair: Path, tmp_path: Path) -> None:
     assert len(ids) == len(set(ids)) and {sample_id.split("-")[0] for sample_id in ids} == {
         f"{index:05d}" for index in range(10)
     }
+
+
+def test_an_engine_that_fails_without_dying_is_replaced(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synthesis, "Teacher", FailsOnce)
+    stage = run(pair, tmp_path, samples=100, shard_size=50)
+    events = (tmp_path / "synthesize/tiny/events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in events].count("engine_lost") == 1
+    assert len(read_samples(stage.folder, stage.name)) >= 75
 
 
 def test_an_adapter_that_was_saved_as_a_state_dict_is_the_teacher(pair: Path, tmp_path: Path) -> None:
