@@ -119,8 +119,8 @@ class Synthesis(_Section):
 
 
 class Fit(_Section):
-    steps: int = Field(300, ge=1)
-    batch_size: int = Field(16, ge=1)
+    steps: int = Field(600, ge=1)
+    batch_size: int = Field(8, ge=1)
     """Samples per optimizer step, over all workers."""
     micro_batches: int = Field(1, ge=1)
     """Gradient accumulation: parts into which a worker's share of the batch is cut."""
@@ -135,8 +135,8 @@ class Fit(_Section):
     """Longest prompt plus response, in student tokens; longer samples are left out."""
     min_coverage: float = Field(0.5, ge=0, le=1)
     """Least share of student response tokens that must get a teacher distribution."""
-    checkpoint_every: int = Field(10, ge=1)
-    evaluate_every: int = Field(50, ge=1)
+    checkpoint_every: int = Field(20, ge=1)
+    evaluate_every: int = Field(100, ge=1)
     """Steps between two looks at the held-out samples; the best look is what is exported."""
     patience: int = Field(4, ge=1)
     """Looks without improvement after which fitting stops."""

@@ -40,7 +40,7 @@ def two_nodes() -> Iterator[None]:
 def config() -> Config:
     return bare_config(
         synthesis={"engines": 2, "tensor_parallel": 8},
-        fit={"workers": 16},
+        fit={"workers": 16, "batch_size": 16},
         cluster={"gpus_per_engine": 1, "gpus_per_worker": 1, "wait_seconds": 1},
     )
 

@@ -30,7 +30,7 @@ def large() -> Shape:
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return bare_config()
+    return bare_config(fit={"steps": 300, "batch_size": 16})
 
 
 def test_the_shape_is_that_of_the_model(large: Shape) -> None:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 
 from benchmarks.quality.answers import alone, greedy, nats
-from benchmarks.quality.cells import DIRECTIONS, SEEDLESS, Cell
+from benchmarks.quality.cells import DIRECTIONS, SEEDLESS, Cell, cpu
 from benchmarks.quality.methods import METHODS, source
 from benchmarks.quality.summary import summarise
 from benchmarks.quality.tasks import TASKS
@@ -70,6 +70,7 @@ def run(cell: Cell) -> None:
             "crosslora": __version__,
             "versions": installed(),
             "cpus": len(os.sched_getaffinity(0)),
+            "cpu": cpu(),
             "dtype": DTYPE,
             "n": len(test),
             "ended": ended,

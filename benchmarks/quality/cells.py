@@ -31,6 +31,15 @@ SOURCELESS = ("target_base", "oracle")
 """Methods that the source adapter does not change: tasks of the same rows have one cell of each."""
 
 
+def cpu() -> str:
+    """What a figure of speed was taken on: the kernel's name for it, and the instructions that multiply bfloat16."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    found = {key.strip(): value.strip() for key, value in fields.items()}
+    fast = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in found.get("flags", "").split()]
+    return " ".join([found.get("model name", "unknown"), *fast])
+
+
 @dataclass(frozen=True)
 class Cell:
     direction: str

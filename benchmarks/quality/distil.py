@@ -24,7 +24,7 @@ from crosslora.projection.build import Transfer, build_transfer
 from crosslora.projection.projection import Factors
 from crosslora.projection.student import Student
 from crosslora.run_folder import RunFolder
-from crosslora.teacher.corpus import read_corpus
+from crosslora.teacher.corpus import Sample, read_corpus
 from crosslora.text.pair import TokenizerPair
 from crosslora.training.batches import Batch, Example, batch_indices, build_examples, collate
 from crosslora.training.loop import EVALUATION_BATCH, GRADIENT_NORM, learning_rate, use_plain_attention
@@ -127,9 +127,40 @@ def _loss(student: Student, batch: Batch, loss: Callable[..., torch.Tensor]) -> 
     return loss(hidden, batch.rows, student.logits, vocabulary)
 
 
-@torch.no_grad()
 def _held_out_loss(student: Student, held_out: list[Example]) -> float:
     """Mean over all their rows, nats."""
-    ordered = sorted(held_out, key=lambda example: example.length)
-    parts = [ordered[start : start + EVALUATION_BATCH] for start in range(0, len(ordered), EVALUATION_BATCH)]
-    return float(torch.cat([_loss(student, collate(part), losses_of) for part in parts]).mean())
+    return float(_row_losses(student, held_out)[0].mean())
+
+
+@torch.no_grad()
+def _row_losses(student: Student, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of every row in nats [N], and which of them are a KL [N]."""
+    ordered = sorted(examples, key=lambda example: example.length)
+    starts = range(0, len(ordered), EVALUATION_BATCH)
+    batches = [collate(ordered[start : start + EVALUATION_BATCH]) for start in starts]
+    losses = torch.cat([_loss(student, batch, losses_of) for batch in batches])
+    return losses, torch.cat([batch.rows.strict for batch in batches])
+
+
+class _Given(nn.Module):
+    """Factors that are not learned, in the place of a projection."""
+
+    def __init__(self, transfer: Transfer, factors: dict[str, LoraFactors]) -> None:
+        super().__init__()
+        self.slots = transfer.slots
+        self.factors = {path: (given.A, given.B) for path, given in factors.items()}
+
+    def forward(self) -> Factors:
+        return self.factors
+
+
+def teacher_kl(config: Config, factors: dict[str, LoraFactors], samples: list[Sample]) -> float:
+    """KL(teacher || target base with these factors), nats per response token."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    pair = TokenizerPair.load(config.source, config.target)
+    adapter = read_adapter(config.adapters[0].path)
+    transfer = build_transfer(adapter, config.source, config.target, pair, config.fit.random_seed)
+    base = load_model(resolve(config.target), chosen(config.fit.dtype, on_gpu=False))
+    student: Any = Student(base, _Given(transfer, factors))  # type: ignore[arg-type]
+    losses, strict = _row_losses(student, build_examples(samples, pair, config.fit.max_tokens))
+    return float(losses[strict].mean())

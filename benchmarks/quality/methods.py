@@ -200,6 +200,11 @@ def _plain(transfer: Transfer, random_seed: int) -> PlainLora:
     return PlainLora(transfer, random_seed)
 
 
+def with_residual(transfer: Transfer, random_seed: int) -> Any:
+    """What a transfer learns."""
+    return transfer.projection(residual=True)
+
+
 def _projection_only(transfer: Transfer, random_seed: int) -> Any:
     return transfer.projection(residual=False)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality import made, summary
+from benchmarks.quality import fits, made, summary
 from benchmarks.quality.cells import RESULTS, Cell
 from benchmarks.quality.tasks import TASKS
 
@@ -110,3 +110,10 @@ def test_committed_cells_are_what_they_say() -> None:
         assert named.result_file == file
         assert {len(values) for values in cell["scores"].values()} == {cell["n"]}
         assert set(named.setting.metrics) <= set(cell["scores"])
+
+
+def test_committed_fits_are_what_they_say() -> None:
+    found = json.loads(fits.RESULTS.read_text())
+    assert found
+    for entry in found:
+        assert entry["settings"] == fits.SETTINGS[entry["name"]]

@@ -1,0 +1,100 @@
+"""Settings of the fit on one corpus: how far each student is from the teacher, on the corpus and on real prompts.
+
+    python -m benchmarks.quality.fits
+
+From the root of a checkout, after `make models`. The corpus is that of the cell `default` of SNIPS from SmolLM2 to Gemma 3,
+made first where it is missing, and so is what the teacher answers to the prompts of the test. One entry of fits.json each;
+those that are there are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import crosslora
+from benchmarks.quality.answers import alone
+from benchmarks.quality.cells import WORK, Cell, cpu
+from benchmarks.quality.distil import distil, teacher_kl
+from benchmarks.quality.methods import corpus_stages, source, with_residual
+from benchmarks.train_adapter import DTYPE
+from crosslora import __version__
+from crosslora.config import Config, Prompts
+from crosslora.evaluation.results import installed
+from crosslora.progress import say
+from crosslora.run_folder import RunFolder
+from crosslora.teacher.corpus import read_corpus
+
+RESULTS = Path(__file__).with_name("fits.json")
+CELL = Cell("smollm2-gemma3", "snips", "default", 0)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "600 x 4": {"steps": 600, "batch_size": 4},
+    "300 x 8": {"steps": 300, "batch_size": 8},
+    "150 x 16": {"steps": 150, "batch_size": 16},
+    "150 x 16, rate 2e-3": {"steps": 150, "batch_size": 16, "learning_rate": 2e-3},
+    "300 x 4": {"steps": 300, "batch_size": 4},
+    "300 x 4, rate 2e-3": {"steps": 300, "batch_size": 4, "learning_rate": 2e-3},
+    "300 x 4, no rehearsal": {"steps": 300, "batch_size": 4, "rehearsal": 0.0},
+    "600 x 2": {"steps": 600, "batch_size": 2},
+    "1200 x 4": {"steps": 1200, "batch_size": 4},
+}
+"""Steps x samples; the rest as in every cell."""
+
+
+def main() -> None:
+    source(CELL)
+    config = CELL.config()
+    crosslora.transfer(config, until="filter")
+    real = _real(config)
+    crosslora.transfer(real, until="filter")
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    for name, settings in SETTINGS.items():
+        if name not in {entry["name"] for entry in found}:
+            say(f"[bold]{name}[/bold]")
+            found.append({"name": name} | _fit(config, real, settings))
+            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _fit(config: Config, real: Config, settings: dict[str, Any]) -> dict[str, Any]:
+    fit = config.fit.model_copy(update=settings | {"evaluate_every": settings["steps"]})
+    config = config.model_copy(update={"fit": fit})
+    stages = corpus_stages(CELL)
+    made = alone(distil, config, stages, with_residual, False)
+    _, held_out = read_corpus(RunFolder.open(config.run), *stages)
+    train, rest = read_corpus(RunFolder.open(real.run), *stages)
+    kl = {
+        "held_out": alone(teacher_kl, config, made.factors, held_out),
+        "real": alone(teacher_kl, config, made.factors, [*train, *rest]),
+    }
+    return {
+        "settings": settings,
+        "kl": kl,
+        "minutes": made.minutes,
+        "tokens_per_second": made.tokens_per_second,
+        "crosslora": __version__,
+        "versions": installed(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "cpu": cpu(),
+        "dtype": DTYPE,
+    }
+
+
+def _real(config: Config) -> Config:
+    """A run whose corpus is the teacher's likeliest answers to the prompts of the test."""
+    rows = CELL.rows[1]
+    file = WORK / "data" / f"{CELL.task}-test-prompts.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    synthesis = {
+        "prompts": Prompts(self=0, file=1, prompts_file=file),
+        "samples": len(rows),
+        "response_temperature": 0.0,
+    }
+    update = {"run": f"{config.run}-test", "synthesis": config.synthesis.model_copy(update=synthesis)}
+    return config.model_copy(update=update)
+
+
+if __name__ == "__main__":
+    main()
