@@ -249,7 +249,8 @@ class Config(_Section):
         share = self.fit.workers * self.fit.micro_batches
         if self.fit.batch_size % share:
             raise ValueError(
-                f"fit.batch_size: {self.fit.batch_size} does not divide into workers x micro_batches = {share}"
+                f"fit.batch_size: {self.fit.batch_size} does not divide into workers x micro_batches = {share}; "
+                "set it to a multiple of that"
             )
         for name in ("tensor_parallel", "pipeline_parallel"):
             if getattr(self.synthesis, name) > 1 and self.cluster.gpus_per_engine == 0:

@@ -10,17 +10,13 @@ seeds, which takes many hours on two cores; it can be stopped and goes on where 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 
 from benchmarks.quality.answers import alone, greedy, nats
-from benchmarks.quality.cells import DIRECTIONS, SEEDLESS, Cell, cpu
+from benchmarks.quality.cells import DIRECTIONS, SEEDLESS, Cell, conditions
 from benchmarks.quality.methods import METHODS, source
 from benchmarks.quality.summary import summarise
 from benchmarks.quality.tasks import TASKS
-from benchmarks.train_adapter import DTYPE
-from crosslora import __version__
-from crosslora.evaluation.results import installed
 from crosslora.evaluation.tasks import Item, score
 from crosslora.progress import say
 
@@ -66,12 +62,8 @@ def run(cell: Cell) -> None:
         scores |= {metric: score(metric, answers, items).tolist() for metric in others}
         ended = sum(answer.ended for answer in answers) / len(answers)
     cell.write(
-        {
-            "crosslora": __version__,
-            "versions": installed(),
-            "cpus": len(os.sched_getaffinity(0)),
-            "cpu": cpu(),
-            "dtype": DTYPE,
+        conditions()
+        | {
             "n": len(test),
             "ended": ended,
             "report": report,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.tasks import TASKS, BenchmarkTask, Row
+from benchmarks.train_adapter import DTYPE
+from crosslora import __version__
 from crosslora.config import AdapterSource, Base, Config, Evaluation, Fit, Synthesis
+from crosslora.evaluation.results import installed
 
 RESULTS = Path(__file__).parent / "results"
 WORK = Path("runs/quality").resolve()  # workers may run in other folders
@@ -31,13 +35,18 @@ SOURCELESS = ("target_base", "oracle")
 """Methods that the source adapter does not change: tasks of the same rows have one cell of each."""
 
 
-def cpu() -> str:
-    """What a figure of speed was taken on: the kernel's name for it, and the instructions that multiply bfloat16."""
+def conditions() -> dict[str, Any]:
+    """What a result was made with: versions, and the CPU by its name and its instructions that multiply bfloat16."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    found = {key.strip(): value.strip() for key, value in fields.items()}
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     fast = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in found.get("flags", "").split()]
-    return " ".join([found.get("model name", "unknown"), *fast])
+    return {
+        "crosslora": __version__,
+        "versions": installed(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "cpu": " ".join([found.get("model name", "unknown"), *fast]),
+        "dtype": DTYPE,
+    }
 
 
 @dataclass(frozen=True)

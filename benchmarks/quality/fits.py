@@ -10,19 +10,15 @@ those that are there are kept.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import crosslora
 from benchmarks.quality.answers import alone
-from benchmarks.quality.cells import WORK, Cell, cpu
+from benchmarks.quality.cells import WORK, Cell, conditions
 from benchmarks.quality.distil import distil, teacher_kl
 from benchmarks.quality.methods import corpus_stages, source, with_residual
-from benchmarks.train_adapter import DTYPE
-from crosslora import __version__
 from crosslora.config import Config, Prompts
-from crosslora.evaluation.results import installed
 from crosslora.progress import say
 from crosslora.run_folder import RunFolder
 from crosslora.teacher.corpus import read_corpus
@@ -73,12 +69,7 @@ def _fit(config: Config, real: Config, settings: dict[str, Any]) -> dict[str, An
         "kl": kl,
         "minutes": made.minutes,
         "tokens_per_second": made.tokens_per_second,
-        "crosslora": __version__,
-        "versions": installed(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "cpu": cpu(),
-        "dtype": DTYPE,
-    }
+    } | conditions()
 
 
 def _real(config: Config) -> Config:
