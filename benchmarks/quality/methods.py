@@ -29,7 +29,6 @@ from crosslora.teacher.corpus import read_corpus
 from crosslora.text.pair import TokenizerPair
 
 Report = dict[str, Any]
-SOURCE_STEPS = 600
 ORACLE_RATES = (5e-4, 1e-3, 2e-3)
 ALIGNED = 200
 """Conversations whose activations are aligned."""
@@ -42,7 +41,10 @@ def source(cell: Cell) -> Report:
     folder = cell.source_adapter
     if (folder / "adapter_config.json").exists():
         return {}
-    recipe = Recipe(steps=SOURCE_STEPS, completions_only=cell.setting.completions_only)
+    setting = cell.setting
+    recipe = Recipe(
+        steps=setting.source_steps, batch_size=BATCH, completions_only=setting.completions_only
+    )
     base, rows = cell.bases[0], cell.rows[0]
     return alone(_train_into, base, rows, recipe, folder, "source adapter")
 
