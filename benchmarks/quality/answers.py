@@ -8,20 +8,25 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from benchmarks.quality.tasks import Row
 from benchmarks.train_adapter import DTYPE, conversations
+from crosslora.cluster import KEEP_FREED_MEMORY
 from crosslora.config import Base
 from crosslora.evaluation.tasks import Answer
+from crosslora.projection.student import logits_of
 
 T = TypeVar("T")
 
 
 def alone(work: Callable[..., T], *arguments: Any) -> T:
-    """Call a function of a module in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    """Call a function of a module in a fresh process, whose heap keeps what is freed, as that of a fit worker does."""
+    spawned = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    with patch.dict(os.environ, KEEP_FREED_MEMORY), spawned as pool:
         return pool.submit(work, *arguments).result()
 
 
@@ -97,11 +102,13 @@ def nats(base: Base, adapter: Path | None, rows: Sequence[Row]) -> list[float]:
     model: Any = load_model(folder, DTYPE)
     if adapter:
         model = PeftModel.from_pretrained(model, adapter).eval()
+    base_model = model.get_base_model() if adapter else model
     spent = []
     for row, conversation in zip(rows, conversations(rows, load_format(folder, base)), strict=True):
         ids = torch.tensor(conversation.ids)
-        kept = len(ids) - conversation.prompt + 1
-        logp = model(input_ids=ids[None], logits_to_keep=kept).logits[0, :-1].float().log_softmax(-1)
-        total = -float(logp.gather(1, ids[conversation.prompt :, None]).sum())
+        hidden = base_model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        # in two dimensions; in three, PyTorch would copy the head on CPU
+        logits = logits_of(base_model, hidden[conversation.prompt - 1 : -1]).float()
+        total = float(cross_entropy(logits, ids[conversation.prompt :], reduction="sum"))
         spent.append(total / (len(row["completion"].encode()) + 1))
     return spent
