@@ -42,9 +42,7 @@ def source(cell: Cell) -> Report:
     if (folder / "adapter_config.json").exists():
         return {}
     setting = cell.setting
-    recipe = Recipe(
-        steps=setting.source_steps, batch_size=BATCH, completions_only=setting.completions_only
-    )
+    recipe = Recipe(steps=setting.source_steps, batch_size=BATCH, completions_only=setting.completions_only)
     base, rows = cell.bases[0], cell.rows[0]
     return alone(_train_into, base, rows, recipe, folder, "source adapter")
 
