@@ -26,6 +26,7 @@ from crosslora.teacher.corpus import read_corpus
 RESULTS = Path(__file__).with_name("fits.json")
 CELL = Cell("smollm2-gemma3", "snips", "default", 0)
 SETTINGS: dict[str, dict[str, Any]] = {
+    "600 x 8": {"steps": 600, "batch_size": 8},
     "600 x 4": {"steps": 600, "batch_size": 4},
     "300 x 8": {"steps": 300, "batch_size": 8},
     "150 x 16": {"steps": 150, "batch_size": 16},
@@ -36,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "600 x 2": {"steps": 600, "batch_size": 2},
     "1200 x 4": {"steps": 1200, "batch_size": 4},
 }
-"""Steps x samples; the rest as in every cell."""
+"""Steps x samples, a transfer's own first; the rest as in every cell."""
 
 
 def main() -> None:
@@ -66,6 +67,7 @@ def _fit(config: Config, real: Config, settings: dict[str, Any]) -> dict[str, An
     }
     return {
         "settings": settings,
+        "source_steps": CELL.setting.source_steps,
         "kl": kl,
         "minutes": made.minutes,
         "tokens_per_second": made.tokens_per_second,
