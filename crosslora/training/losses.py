@@ -104,6 +104,19 @@ def _tail_kl(log_q: torch.Tensor, log_p: torch.Tensor, mapped: torch.Tensor) -> 
     return kl + log_q_tail.exp() * (log_q_tail - log_p_tail)
 
 
+def _chunk_loss(
+    hidden: torch.Tensor, rows: Rows, head: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of row losses, and its gradient on the hidden states; a chunk's logits end here, before the next one's."""
+    hidden = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = head(hidden)
+    on_logits = logits.detach()
+    loss = losses_and_gradient_(on_logits, rows).sum()
+    (gradient,) = torch.autograd.grad(logits, hidden, on_logits)
+    return loss, gradient
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Sum of row losses; the gradient on the hidden states is taken chunk by chunk during the forward pass.
 
@@ -122,12 +135,8 @@ class _ChunkedLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         for i in range(chunks):
             start, end = len(hidden) * i // chunks, len(hidden) * (i + 1) // chunks
-            part = hidden[start:end].detach().requires_grad_()
-            with torch.enable_grad():
-                logits = head(part)
-            on_logits = logits.detach()
-            total += losses_and_gradient_(on_logits, rows.chunk(start, end)).sum()
-            (gradient[start:end],) = torch.autograd.grad(logits, part, on_logits)
+            loss, gradient[start:end] = _chunk_loss(hidden[start:end], rows.chunk(start, end), head)
+            total += loss
         ctx.save_for_backward(gradient)
         return total
 
