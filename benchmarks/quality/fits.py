@@ -4,7 +4,7 @@
 
 From the root of a checkout, after `make models`. The corpus is that of the cell `default` of SNIPS from SmolLM2 to Gemma 3,
 made first where it is missing, and so is what the teacher answers to the prompts of the test. One entry of fits.json each;
-those that are there are kept.
+those of this teacher that are there are kept.
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ def main() -> None:
     crosslora.transfer(config, until="filter")
     real = _real(config)
     crosslora.transfer(real, until="filter")
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    found = json.loads(RESULTS.read_text())
+    source_steps = CELL.setting.source_steps
     for name, settings in SETTINGS.items():
-        if name not in {entry["name"] for entry in found}:
+        if (name, source_steps) not in {(entry["name"], entry["source_steps"]) for entry in found}:
             say(f"[bold]{name}[/bold]")
-            found.append({"name": name} | _fit(config, real, settings))
+            about = {"name": name, "settings": settings, "source_steps": source_steps}
+            found.append(about | _fit(config, real, settings))
             RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -66,8 +68,6 @@ def _fit(config: Config, real: Config, settings: dict[str, Any]) -> dict[str, An
         "real": alone(teacher_kl, config, made.factors, [*train, *rest]),
     }
     return {
-        "settings": settings,
-        "source_steps": CELL.setting.source_steps,
         "kl": kl,
         "minutes": made.minutes,
         "tokens_per_second": made.tokens_per_second,
