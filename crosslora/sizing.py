@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from crosslora.topology import decoder_layers, discover, meta_model, space_widths
 from crosslora.training import rehearsal
-from crosslora.training.losses import CACHED_BYTES, LOGITS_BYTES
+from crosslora.training.losses import LOGITS_BYTES
 
 BYTES = {"float32": 4, "bfloat16": 2}
 LEARNED_BYTES = 4 * 5
@@ -156,8 +156,7 @@ def fit_memory(
         activations, layer = shape.layers * tokens * s * shape.hidden, 2 * per_layer
     activations += tokens * shape.hidden * (4 + 2 * s)  # the last norm and its gradient
     chunk = min(LOGITS_BYTES, 4 * tokens * shape.vocabulary)
-    # in the model's dtype, where the gradient takes their place, and what is worked on in float32
-    logits = chunk * s / 4 + (chunk if on_gpu else min(chunk, CACHED_BYTES))
+    logits = chunk * (1 + 2 * s / 4)  # float32, as the model gives them, and as its gradient
     heap = (
         1.0 if on_gpu or zero_stage == 3 or checkpointing else HEAP
     )  # large blocks: cluster.fit_environment

@@ -9,15 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
 LOGITS_BYTES = 256 << 20
-"""Size of one chunk of logits in float32; in the model's own dtype it is kept once, and becomes the gradient in place. A
-quarter of this halves the speed of the head's matrix products on CPU."""
-CACHED_BYTES = 8 << 20
-"""Float32 logits that a CPU works on at a time."""
+"""Size of one float32 chunk of logits. It becomes the gradient in place; one more chunk in the model's own dtype goes
+in and one comes out. A quarter of this halves the speed of the head's matrix products on CPU."""
 SMALLEST_TAIL = 1e-6
 
 
@@ -50,23 +47,10 @@ def row_losses(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
     return _losses(logits.gather(1, _compared_ids(rows)) - log_z, rows)
 
 
-def losses_and_gradient_(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """`row_losses` [N]; the gradient of their sum takes the place of the logits [N, vocabulary].
+def losses_and_gradient(logits: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """`row_losses` [N], and the gradient of their sum on the logits [N, vocabulary], in their dtype.
 
-    A GPU takes all rows at once, a CPU as many as its caches hold.
-    """
-    size = len(logits) if logits.is_cuda else CACHED_BYTES // (4 * logits.shape[1])
-    parts = logits.split(max(size, 1))
-    starts = accumulate((len(part) for part in parts), initial=0)
-    losses = [
-        _part_losses_and_gradient_(part, rows.chunk(start, start + len(part)))
-        for part, start in zip(parts, starts, strict=False)
-    ]
-    return torch.cat(losses)
-
-
-def _part_losses_and_gradient_(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """The losses see the logits only through the k + 1 log-probabilities log_p[c] = logits[c] - log Z that are compared.
+    The losses see the logits only through the k + 1 log-probabilities log_p[c] = logits[c] - log Z that are compared.
     With d = d loss / d log_p, the gradient is scatter(d) - softmax(logits) sum(d): three passes over the logits where
     autograd would make a dozen.
     """
@@ -78,8 +62,8 @@ def _part_losses_and_gradient_(logits: torch.Tensor, rows: Rows) -> torch.Tensor
         log_p = (compared - largest - total.log()).requires_grad_()
         losses = _losses(log_p, rows)
         (d,) = torch.autograd.grad(losses.sum(), log_p)
-    logits.copy_(work.mul_(-d.sum(1, keepdim=True) / total).scatter_add_(1, ids, d))
-    return losses.detach()
+    work.mul_(-d.sum(1, keepdim=True) / total).scatter_add_(1, ids, d)
+    return losses.detach(), work.to(logits.dtype)
 
 
 def _compared_ids(rows: Rows) -> torch.Tensor:
@@ -104,19 +88,6 @@ def _tail_kl(log_q: torch.Tensor, log_p: torch.Tensor, mapped: torch.Tensor) -> 
     return kl + log_q_tail.exp() * (log_q_tail - log_p_tail)
 
 
-def _chunk_loss(
-    hidden: torch.Tensor, rows: Rows, head: Callable[[torch.Tensor], torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of row losses, and its gradient on the hidden states; a chunk's logits end here, before the next one's."""
-    hidden = hidden.detach().requires_grad_()
-    with torch.enable_grad():
-        logits = head(hidden)
-    on_logits = logits.detach()
-    loss = losses_and_gradient_(on_logits, rows).sum()
-    (gradient,) = torch.autograd.grad(logits, hidden, on_logits)
-    return loss, gradient
-
-
 class _ChunkedLoss(torch.autograd.Function):
     """Sum of row losses; the gradient on the hidden states is taken chunk by chunk during the forward pass.
 
@@ -135,8 +106,12 @@ class _ChunkedLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         for i in range(chunks):
             start, end = len(hidden) * i // chunks, len(hidden) * (i + 1) // chunks
-            loss, gradient[start:end] = _chunk_loss(hidden[start:end], rows.chunk(start, end), head)
-            total += loss
+            part = hidden[start:end].detach().requires_grad_()
+            with torch.enable_grad():
+                logits = head(part)
+            losses, on_logits = losses_and_gradient(logits.detach(), rows.chunk(start, end))
+            (gradient[start:end],) = torch.autograd.grad(logits, part, on_logits)
+            total += losses.sum()
         ctx.save_for_backward(gradient)
         return total
 

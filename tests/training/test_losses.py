@@ -36,7 +36,6 @@ def dense(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
 def test_chunks_give_the_dense_loss_and_gradient(monkeypatch: pytest.MonkeyPatch, chunks: int | None) -> None:
     """Also where there are more chunks than positions: ranks of ZeRO-3 must agree on a number."""
     monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * 50 * 3)  # three rows a chunk
-    monkeypatch.setattr(losses, "CACHED_BYTES", 4 * 50 * 2)  # of which two are worked on at a time
     hidden, weight = torch.randn(17, 8), torch.randn(50, 8)
     rows = random_rows(17, 50)
     ours, theirs = hidden.clone().requires_grad_(), hidden.clone().double().requires_grad_()
