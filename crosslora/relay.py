@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from crosslora.gate import replayed
 
-MODELS = "/v1/models"
+MODELS, HEALTH = "/v1/models", "/health"
 Call = dict[str, Any]
 """A request as plain values that travel between processes: method, path, headers, body."""
 
@@ -24,13 +24,15 @@ class Relay:
         self._own, self._has, self._other = own, has, other.options(method_name="answer", stream=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == "/" or scope["path"] == "/health":
+        if scope["type"] != "http" or scope["path"] == "/":
             await self._own(scope, receive, send)
             return
         body = (await receive()).get("body", b"")
         call = {name: scope[name] for name in ("method", "path", "headers")} | {"body": body}
         if scope["path"] == MODELS:
             await (await self._models(call))(scope, receive, send)
+        elif scope["path"] == HEALTH:
+            await (await self._health(call))(scope, receive, send)
         elif self._has(json.loads(body)["model"]):
             await self._own(scope, replayed(body, receive), send)
         else:
@@ -47,6 +49,13 @@ class Relay:
         if status == 200:
             listed["data"] += json.loads(second)["data"]
         return Response(json.dumps(listed), media_type="application/json")
+
+    async def _health(self, call: Call) -> Response:
+        """200 where both engines are well."""
+        status, body = await _whole(answer(self._own, call))
+        if status == 200:
+            status, body = await _whole(self._other.remote(call))
+        return Response(body, status)
 
 
 async def answer(app: ASGIApp, call: Call) -> AsyncGenerator[Message]:

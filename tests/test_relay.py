@@ -7,10 +7,12 @@ from contextlib import aclosing
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.testclient import TestClient
+from starlette.types import Message
 
-from crosslora.relay import Call, answer
+from crosslora.relay import Call, Relay, answer
 
 
 def call(path: str, body: bytes = b"") -> Call:
@@ -95,3 +97,28 @@ def test_an_error_of_the_app_is_the_callers() -> None:
 
     with pytest.raises(ZeroDivisionError):
         asyncio.run(run())
+
+
+class Beside:
+    """The other engine's handle, with its app in this process."""
+
+    def __init__(self, app: Starlette) -> None:
+        self.app = app
+
+    def options(self, method_name: str, stream: bool) -> "Beside":
+        return self
+
+    def remote(self, asked: Call) -> AsyncIterator[Message]:
+        return answer(self.app, asked)
+
+
+@pytest.mark.parametrize(("own", "beside", "said"), [(200, 200, 200), (503, 200, 503), (200, 503, 503)])
+def test_an_endpoint_is_as_well_as_the_worse_of_its_engines(own: int, beside: int, said: int) -> None:
+    def engine(status: int) -> Starlette:
+        async def health(request: Request) -> Response:
+            return Response(status_code=status)
+
+        return Starlette(routes=[Route("/health", health)])
+
+    relay = Relay(engine(own), lambda model: True, Beside(engine(beside)))
+    assert TestClient(relay).get("/health").status_code == said
