@@ -8,14 +8,12 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
-from unittest.mock import patch
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks.quality.tasks import Row
 from benchmarks.train_adapter import DTYPE, conversations
-from crosslora.cluster import KEEP_FREED_MEMORY
 from crosslora.config import Base
 from crosslora.evaluation.tasks import Answer
 from crosslora.projection.student import logits_of
@@ -24,9 +22,8 @@ T = TypeVar("T")
 
 
 def alone(work: Callable[..., T], *arguments: Any) -> T:
-    """Call a function of a module in a fresh process, whose heap keeps what is freed, as that of a fit worker does."""
-    spawned = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-    with patch.dict(os.environ, KEEP_FREED_MEMORY), spawned as pool:
+    """Call a function of a module in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
 
