@@ -85,7 +85,8 @@ class Cell:
 
     @property
     def source_adapter(self) -> Path:
-        return WORK / "adapters" / self.direction / self.task / "source"
+        """One of other steps is another one: it must not stand in for it."""
+        return WORK / "adapters" / self.direction / self.task / f"source-{self.setting.source_steps}"
 
     def config(self) -> Config:
         """Of the transfer whose corpus all trained methods share."""
