@@ -38,11 +38,7 @@ def resolve(base: Base, weights: bool = True) -> str:
     """
     path = Path(base.base)
     if path.is_file() and path.suffix == ".gguf":
-        from crosslora.gguf import convert
-
-        folder = cache_folder() / "gguf" / f"{path.stem}-{path.stat().st_size}-{int(path.stat().st_mtime)}"
-        convert(path, folder)
-        return str(folder)
+        return str(_converted(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"base: {path} holds no config.json; give the folder of a transformers model")
@@ -50,6 +46,19 @@ def resolve(base: Base, weights: bool = True) -> str:
     if path.exists() or path.is_absolute() or base.base.startswith(".") or base.base.count("/") != 1:
         raise UserError(f"base: {base.base} does not exist; give a hub id, a model folder or a GGUF file")
     return _download(base, weights)
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder of this file as it is now: by its place, size and time. It is asked for dozens of times in a run, and
+    reading all of a large file takes minutes."""
+    state = gguf.stat()
+    now = hashlib.sha256(f"{gguf.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()
+    folder = cache_folder() / "gguf" / f"{gguf.stem}-{now[:16]}"
+    if not (folder / "config.json").is_file():
+        from crosslora.gguf import convert
+
+        convert(gguf, folder)
+    return folder
 
 
 def _download(base: Base, weights: bool) -> str:

@@ -9,7 +9,9 @@ from gguf import GGUFWriter, TokenType
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crosslora import gguf
+from crosslora.config import Base
 from crosslora.errors import UserError
+from crosslora.models import resolve
 
 WIDTH, HEADS, LAYERS, MLP = 32, 4, 2, 64
 
@@ -102,6 +104,20 @@ def test_finished_folder_is_left_alone(tiny: Path, tmp_path: Path) -> None:
     other = write_tiny_llama(tmp_path / "other.gguf", adds_bos=False)
     with pytest.raises(UserError, match="conversion of another file"):
         gguf.convert(other, folder)
+
+
+def test_a_base_is_read_and_converted_once(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CROSSLORA_CACHE", str(tmp_path / "cache"))
+    base = Base(base=str(shutil.copy(tiny, tmp_path / "model.gguf")))
+    folder = resolve(base)
+    assert AutoTokenizer.from_pretrained(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf, "_digest", lambda path: pytest.fail("the whole file is read again"))
+        assert resolve(base) == folder
+    write_tiny_llama(Path(base.base), adds_bos=False)
+    assert resolve(base) != folder
 
 
 def test_leftover_of_a_killed_conversion_is_replaced(tiny: Path, tmp_path: Path) -> None:
