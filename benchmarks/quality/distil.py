@@ -4,10 +4,9 @@ another loss. One process, on the CPU."""
 from __future__ import annotations
 
 import copy
-import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -57,7 +56,12 @@ class Distilled:
     minutes: float
     """Of the steps and the looks at the held-out samples."""
     tokens_per_second: float
-    best_step: int
+    held_out: dict[int, float]
+    """Step -> loss on the held-out samples, nats."""
+
+    @property
+    def best_step(self) -> int:
+        return min(self.held_out, key=lambda step: self.held_out[step])
 
 
 def distil(
@@ -79,11 +83,12 @@ def distil(
     started = time.monotonic()
     if config.fit.rehearsal and not cross_entropy:  # on text alone its own text would teach it nothing
         train += rehearsal(student.base, pair, train, config.fit.rehearsal, seed)
-    tokens, best_step = _train(student, module, train, held_out, config.fit)
+    batches = ([train[i] for i in indices] for indices in batch_indices(train, config.fit.batch_size, seed))
+    tokens, looks = train_student(student, batches, held_out, config.fit)
     seconds = time.monotonic() - started
     with torch.no_grad():
         factors = {path: LoraFactors(A.contiguous(), B.contiguous()) for path, (A, B) in module().items()}
-    return Distilled(factors, seconds / 60, tokens / seconds, best_step)
+    return Distilled(factors, seconds / 60, tokens / seconds, looks)
 
 
 def _text_alone(example: Example) -> Example:
@@ -91,34 +96,36 @@ def _text_alone(example: Example) -> Example:
     return replace(example, targets=replace(targets, strict=targets.strict & False))
 
 
-def _train(
-    student: Student, module: nn.Module, train: list[Example], held_out: list[Example], fit: Fit
-) -> tuple[int, int]:
-    """Every step as crosslora.training.loop takes it; returns the tokens that went in, and the best step."""
+def train_student(
+    student: Student, batches: Iterator[list[Example]], held_out: list[Example], fit: Fit
+) -> tuple[int, dict[int, float]]:
+    """Every step as crosslora.training.loop takes it; returns the tokens that went in, and the looks at the held-out
+    samples. The best look is kept; without such samples, the last step."""
+    module = student.projection
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=fit.learning_rate, weight_decay=0.0)
-    best = (math.inf, 0, copy.deepcopy(module.state_dict()))
+    looks: dict[int, float] = {}
+    best: dict[str, Any] = {}
     tokens = 0
     with progress("distil", fit.steps, "steps") as meter:
-        for step, indices in enumerate(
-            islice(batch_indices(train, fit.batch_size, fit.random_seed), fit.steps), 1
-        ):
+        for step, examples in enumerate(islice(batches, fit.steps), 1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(fit, step - 1)
-            batch = collate([train[i] for i in indices])
+            batch = collate(examples)
             loss = _loss(student, batch, summed_loss) / len(batch.rows)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
             optimizer.step()
             optimizer.zero_grad()
-            tokens += sum(train[i].length for i in indices)
+            tokens += sum(example.length for example in examples)
             meter.advance(1, f"loss {float(loss.detach()):.3f}")
-            if step % fit.evaluate_every == 0 or step == fit.steps:
-                held_out_loss = _held_out_loss(student, held_out)
-                if held_out_loss < best[0]:
-                    best = held_out_loss, step, copy.deepcopy(module.state_dict())
-    module.load_state_dict(best[2])
-    return tokens, best[1]
+            if held_out and (step % fit.evaluate_every == 0 or step == fit.steps):
+                looks[step] = _held_out_loss(student, held_out)
+                if looks[step] == min(looks.values()):
+                    best = copy.deepcopy(module.state_dict())
+    if best:
+        module.load_state_dict(best)
+    return tokens, looks
 
 
 def _loss(student: Student, batch: Batch, loss: Callable[..., torch.Tensor]) -> torch.Tensor:
