@@ -65,14 +65,19 @@ class Distilled:
 
 
 def distil(
-    config: Config, corpus: tuple[str, str], build: Callable[[Transfer, int], Any], cross_entropy: bool
+    config: Config,
+    corpus: tuple[str, str],
+    build: Callable[[Transfer, int], Any],
+    cross_entropy: bool,
+    most: int | None = None,
 ) -> Distilled:
-    """Fit what `build` makes; with cross_entropy, to the teacher's text alone. The best look at the held-out samples is
-    kept, as a fit keeps it."""
+    """Fit what `build` makes; with cross_entropy, to the teacher's text alone; with `most`, on no more samples than
+    that. The best look at the held-out samples is kept, as a fit keeps it."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     pair = TokenizerPair.load(config.source, config.target)
     samples = read_corpus(RunFolder.open(config.run), *corpus)
     train, held_out = (build_examples(part, pair, config.fit.max_tokens) for part in samples)
+    train = train[:most]
     if cross_entropy:
         train, held_out = ([_text_alone(example) for example in part] for part in (train, held_out))
     use_plain_attention(example.length for example in [*train, *held_out])

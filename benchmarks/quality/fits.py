@@ -28,6 +28,8 @@ CELL = Cell("smollm2-gemma3", "snips", "default", 0)
 SETTINGS: dict[str, dict[str, Any]] = {
     "600 x 8": {"steps": 600, "batch_size": 8},
     "600 x 4": {"steps": 600, "batch_size": 4},
+    "600 x 4 of 350": {"steps": 600, "batch_size": 4, "most": 350},
+    "600 x 4 of 700": {"steps": 600, "batch_size": 4, "most": 700},
     "300 x 8": {"steps": 300, "batch_size": 8},
     "150 x 16": {"steps": 150, "batch_size": 16},
     "150 x 16, rate 2e-3": {"steps": 150, "batch_size": 16, "learning_rate": 2e-3},
@@ -37,7 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "600 x 2": {"steps": 600, "batch_size": 2},
     "1200 x 4": {"steps": 1200, "batch_size": 4},
 }
-"""Steps x samples, a transfer's own first; the rest as in every cell."""
+"""Steps x samples, a transfer's own first, `most` the samples that there are to train on; the rest as in every cell."""
 
 
 def main() -> None:
@@ -57,10 +59,11 @@ def main() -> None:
 
 
 def _fit(config: Config, real: Config, settings: dict[str, Any]) -> dict[str, Any]:
-    fit = config.fit.model_copy(update=settings | {"evaluate_every": settings["steps"]})
+    of_fit = {name: value for name, value in settings.items() if name != "most"}
+    fit = config.fit.model_copy(update=of_fit | {"evaluate_every": settings["steps"]})
     config = config.model_copy(update={"fit": fit})
     stages = corpus_stages(CELL)
-    made = alone(distil, config, stages, with_residual, False)
+    made = alone(distil, config, stages, with_residual, False, settings.get("most"))
     _, held_out = read_corpus(RunFolder.open(config.run), *stages)
     train, rest = read_corpus(RunFolder.open(real.run), *stages)
     kl = {
