@@ -50,6 +50,8 @@ TEMPERATURE = 0.7
 """Of the writer; at 1 a small one loses its way."""
 CLEARLY = -0.2
 """Nats per token below which it is no accident that the adapter raises an answer less after its prompt."""
+ABOVE = 0.1
+"""Of what the adapter raises a text by in the user's place: the answer to a prompt falls short of it by more than that."""
 SHOTS = 4
 SAME_SHOTS = 16
 """Answers in a row that are shown the same examples: an engine reads these once."""
@@ -88,18 +90,27 @@ class TurnedAnswers:
     def are_answers(self) -> bool:
         """Whether what the teacher writes in the user's place are answers, not prompts.
 
-        The teacher's answer to a prompt belongs after it: there the adapter raises it more than in the user's place. If
-        the adapter never saw a user's turn, both places are the same to it, and the base's own copying takes the rest.
+        Prompts are told by one of two things. The adapter raises the answer to a prompt more after it than in the user's
+        place; not so where the base alone nearly says it there, because the answer repeats much of the prompt. And in the
+        user's place it raises a prompt more than an answer, which it never saw there. To an adapter that never saw a
+        user's turn both places are the same, and what it writes there is as much an answer as what it replies.
         """
-        if not self._chat.pre_query_ids:
-            return False
-        texts = self._in_places([self._chat.pre_query_ids] * PROBES)
-        if len(texts) < LEAST_PROBES:
-            return False
+        users = self._chat.pre_query_ids
+        texts = self._in_places([users] * PROBES) if users else []
         prompts = [self._chat.prompt_ids(text) for text in texts]
-        ids = [answer.ids for answer in self._engine.generate(prompts, self._probing, adapter=True)]
-        own, users = self._effects(prompts, ids), self._effects([self._chat.pre_query_ids] * len(ids), ids)
-        return bool(np.median(own - users) < CLEARLY)
+        replies = self._engine.generate(prompts, self._probing, adapter=True)
+        answers = [reply.ids[:-1] if reply.finished else reply.ids for reply in replies]
+        answered = [i for i, ids in enumerate(answers) if len(ids)]
+        if len(answered) < LEAST_PROBES:
+            return False
+        answers = [answers[i] for i in answered]
+        written = [np.array(self._words.encode(texts[i]), dtype=np.int32) for i in answered]
+        after = self._effects([prompts[i] for i in answered], answers)
+        beside = self._effects([users] * len(answered), answers)
+        own = self._effects([users] * len(answered), written)
+        at_home = np.median(after - beside) < CLEARLY
+        alike = np.median(own - beside) < ABOVE * np.median(own)
+        return bool(at_home and alike)
 
     def prompts(self, count: int) -> list[str]:
         """At most `count` requests, whose replies are as like what they were written for, and as unlike each other, as can

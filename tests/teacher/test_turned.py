@@ -27,6 +27,8 @@ class ByHand:
         self.give, self.reply, self.write = give, reply, write
         self.effects: dict[bool, float] = {True: 0.0, False: 0.0}
         """Of any text: in the user's place (True), after a prompt (False)."""
+        self.raised = 0.0
+        """By so much more what it gives, in the user's place."""
         self.given = 0
 
     def generate(
@@ -43,9 +45,12 @@ class ByHand:
         self, prompts: Sequence[list[int]], responses: Sequence[np.ndarray], *, adapter: bool = False
     ) -> list[np.ndarray]:
         return [
-            np.full(len(r), self.effects[p == CHAT.pre_query_ids] if adapter else 0.0)
+            np.full(len(r), self._effect(p == CHAT.pre_query_ids, WORDS.text(r.tolist())) if adapter else 0.0)
             for p, r in zip(prompts, responses, strict=True)
         ]
+
+    def _effect(self, users_place: bool, text: str | None) -> float:
+        return self.effects[users_place] + (self.raised if users_place and text in self.give else 0.0)
 
     def _say(self, ids: list[int], adapter: bool) -> str:
         if not adapter:
@@ -74,6 +79,15 @@ def test_an_answer_belongs_where_the_adapter_raises_it_most(users_place: float, 
     engine.effects = {True: users_place, False: after_prompt}
     turned = TurnedAnswers(engine, WORDS, CHAT, Synthesis())
     assert turned.are_answers == (users_place > after_prompt)
+
+
+def test_prompts_that_answers_nearly_repeat_are_prompts() -> None:
+    """After its prompt the base alone says such an answer; in the user's place the adapter prefers the prompts."""
+    engine = ByHand(["meet me at 7:40"], lambda prompt: "meet me at twenty to eight", echo)
+    engine.effects, engine.raised = {True: 2.6, False: 2.2}, 0.6
+    assert not TurnedAnswers(engine, WORDS, CHAT, Synthesis()).are_answers
+    engine.raised = 0.1
+    assert TurnedAnswers(engine, WORDS, CHAT, Synthesis()).are_answers
 
 
 def test_nothing_is_concluded_from_texts_that_do_not_end() -> None:
