@@ -97,6 +97,8 @@ class TurnedAnswers:
         """
         users = self._chat.pre_query_ids
         texts = self._in_places([users] * PROBES) if users else []
+        if not texts:
+            return False
         prompts = [self._chat.prompt_ids(text) for text in texts]
         replies = self._engine.generate(prompts, self._probing, adapter=True)
         answers = [reply.ids[:-1] if reply.finished else reply.ids for reply in replies]
