@@ -1,11 +1,13 @@
 """Several adapters in one projection."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.quality import pair
 from benchmarks.quality.pair import Together, from_maps, outside
 from crosslora.adapter import read_adapter
 from crosslora.config import Base
@@ -19,11 +21,11 @@ def transfers(tmp_path_factory: pytest.TempPathFactory) -> list[Transfer]:
     """Of two adapters of one pair."""
     folder = tmp_path_factory.mktemp("tiny")
     base = Base(base=str(tiny_llama(folder / "base")))
-    pair = TokenizerPair.load(base, base)
+    tokenizers = TokenizerPair.load(base, base)
     adapters = [
         read_adapter(tiny_lora(folder / name, Path(base.base), seed)) for seed, name in enumerate("ab")
     ]
-    return [build_transfer(adapter, base, base, pair, 0) for adapter in adapters]
+    return [build_transfer(adapter, base, base, tokenizers, 0) for adapter in adapters]
 
 
 def test_maps_that_were_learned_together_give_each_adapter_what_it_had(
@@ -51,3 +53,9 @@ def test_what_lies_outside_the_span(transfers: list[Transfer]) -> None:
     one, other = transfers
     assert set(outside(one, [one]).values()) == {0.0}
     assert max(outside(one, [other]).values()) > 0.1
+
+
+def test_committed_results_are_of_tasks_that_there_are() -> None:
+    for entry in json.loads(pair.RESULTS.read_text()):
+        assert {entry["held_out"], *entry["fitted"]} == set(pair.TASKS)
+        assert all(max(map(int, curve)) == pair.STEPS for curve in entry["starts"].values())
