@@ -64,8 +64,7 @@ def main() -> None:
         crosslora.transfer(cell.config(), until="filter")
     held_out = cells.pop(task)
     maps = WORK / "pairs" / f"without-{task}.safetensors"
-    if not maps.exists():
-        alone(fit_together, list(cells.values()), maps)
+    alone(fit_together, list(cells.values()), maps)
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     entry = {
         "held_out": task,
