@@ -94,7 +94,7 @@ def served(side: Side, questions: Questions, chat: ChatFormat) -> dict[str, Give
     with serve_models([model], resources_of(questions.config)) as endpoint:
         for task in questions.own():
             items = read_items(task)
-            answers = ask(endpoint.url, name, items, chat, answer_tokens(task, items), 32)
+            answers = ask(endpoint.url, name, items, chat, answer_tokens(task, items, chat), 32)
             given[task.name] = _own(task, answers)
         for benchmarks in questions.benchmarks():
             samples = ask_harness(endpoint.url, name, resolve(side.base), benchmarks)
@@ -145,7 +145,7 @@ def _alone(side: Side, questions: Questions, stop_ids: frozenset[int]) -> dict[s
         items = read_items(task)
         prompts = [{"prompt_token_ids": chat.prompt_ids(item.prompt)} for item in items]
         sampling = SamplingParams(
-            temperature=0, max_tokens=answer_tokens(task, items), stop_token_ids=sorted(stop_ids)
+            temperature=0, max_tokens=answer_tokens(task, items, chat), stop_token_ids=sorted(stop_ids)
         )
         outputs = engine.model.generate(prompts, sampling, lora_request=engine.lora_request)
         return [
@@ -157,7 +157,7 @@ def _alone(side: Side, questions: Questions, stop_ids: frozenset[int]) -> dict[s
     for benchmarks in questions.benchmarks():
         definitions = [benchmark.definition for benchmark in benchmarks.of_harness.values()]
         found = lm_eval.simple_evaluate(
-            model=engine, tasks=definitions, limit=benchmarks.limit, bootstrap_iters=0
+            model=engine, tasks=definitions, samples=benchmarks.samples, bootstrap_iters=0
         )
         given |= _of_samples(found["samples"], benchmarks)
     return given

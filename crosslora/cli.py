@@ -49,7 +49,10 @@ def transfer(
     config: ConfigPath,
     overrides: Overrides = None,
     redo: Annotated[
-        str | None, typer.Option(metavar="STAGE", help="Make this stage and what follows again.")
+        str | None,
+        typer.Option(
+            metavar="STAGE[/NAME]", help="Make this stage and what follows again, of all adapters or of one."
+        ),
     ] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
     as_json: Json = False,
@@ -97,10 +100,13 @@ def plan(
     """Show what a transfer will do and need, from headers alone: on GPUs also settings that fit, hours and cost."""
     from crosslora import cluster
     from crosslora.config import load_config
+    from crosslora.errors import UserError
     from crosslora.plan import make_plan
     from crosslora.plan_table import show
     from crosslora.progress import say
 
+    if gpus is not None and gpu is None:
+        raise UserError(f"--gpus {gpus}: of which kind? add --gpu, such as --gpu H100-80GB")
     settings = load_config(config, overrides)
     made = make_plan(settings, gpu, gpus)
     if check:

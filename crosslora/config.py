@@ -169,7 +169,8 @@ class Task(_Section):
     items: int | None = Field(None, ge=1)
     """Use only the first so many rows."""
     max_tokens: int | None = Field(None, ge=1)
-    """Of an answer, which scores 0 where it is cut off; None: twice what the longest reference is likely to take."""
+    """Of an answer, which scores 0 where it is cut off; None: twice what the longest reference takes, but not
+    more than 1024 unless that reference does."""
 
     @field_validator("metrics")
     @classmethod

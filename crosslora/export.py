@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from crosslora import __version__
 from crosslora.adapter import Adapter, read_adapter, write_adapter
-from crosslora.config import Config
+from crosslora.config import Base, Config
 from crosslora.errors import UserError
 from crosslora.identity import base_identity
 from crosslora.models import load_config, load_model, resolve
@@ -56,7 +56,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"{revision}), "FOLDER")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({where}), "FOLDER")
 chat = tokenizer.apply_chat_template([{{"role": "user", "content": "..."}}], tokenize=False, add_generation_prompt=True)
 ids = tokenizer(chat, add_special_tokens=False, return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=96, eos_token_id=tokenizer.eos_token_id)[0]))
@@ -136,6 +136,14 @@ def _own_names(learned: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("projection."): tensor for name, tensor in learned.items()}
 
 
+def _where(base: Base) -> str:
+    """The base as arguments of from_pretrained, which takes a GGUF file by its folder and its name."""
+    file = Path(base.base)
+    if file.suffix == ".gguf":
+        return f'"{file.parent}", gguf_file="{file.name}"'
+    return f'"{base.base}"' + (f', revision="{base.revision}"' if base.revision else "")
+
+
 def _card(
     config: Config,
     adapter: Adapter,
@@ -145,7 +153,7 @@ def _card(
 ) -> str:
     return CARD.format(
         base=config.target.base,
-        revision=f', revision="{config.target.revision}"' if config.target.revision else "",
+        where=_where(config.target),
         base_name=Path(config.target.base).name,
         name=adapter.name,
         version=__version__,

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ from crosslora.errors import UserError
 
 MARKER = "crosslora-conversion.json"
 PROBE = "The capital of France is"
+ABANDONED = 24 * 3600
+"""Seconds after which nobody writes to an unfinished conversion any more."""
 
 
 def convert(gguf_path: Path, folder: Path, sha256: str | None = None) -> None:
@@ -107,7 +110,9 @@ def _adds_bos(reader: GGUFReader) -> bool:
 
 
 def _make_room(part: Path, weight_bytes: int) -> None:
-    shutil.rmtree(part, ignore_errors=True)  # what a killed conversion left
+    for old in part.parent.glob(f"{part.name.rpartition('-')[0]}-*"):  # what killed conversions left
+        if old == part or time.time() - old.stat().st_mtime > ABANDONED:
+            shutil.rmtree(old, ignore_errors=True)
     part.mkdir(parents=True)
     needed = weight_bytes + (1 << 27)  # a tokenizer of 262k entries takes 33 MB
     free = shutil.disk_usage(part).free

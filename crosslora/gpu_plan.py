@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from crosslora.config import Config
 from crosslora.errors import UserError
-from crosslora.evaluation.tasks import BYTES_PER_TOKEN, answer_tokens, read_items
+from crosslora.evaluation.tasks import read_items, roomy
 from crosslora.gpus import DECODE_SHARE, FIT_SHARE, GPUS, NODE, PREFILL_SHARE, USABLE, Gpu
 from crosslora.precision import decided
 from crosslora.sizing import (
@@ -29,6 +29,8 @@ from crosslora.sizing import (
 from crosslora.teacher.prompts import read_prompts
 from crosslora.vllm_settings import slots
 
+BYTES_PER_TOKEN = 4
+"""Of most text, about."""
 Settings = dict[str, int | bool]
 """Of the configuration."""
 
@@ -325,9 +327,14 @@ def _questions(config: Config) -> list[tuple[int, int, int]]:
     questions = [(evaluation.held_out_items, synthesis.max_prompt_tokens, synthesis.max_response_tokens)]
     for task in evaluation.tasks:
         items = read_items(task)
-        prompt = max(len(item.prompt.encode()) for item in items)
-        questions.append((len(items), math.ceil(prompt / BYTES_PER_TOKEN), answer_tokens(task, items)))
+        prompt = max(_tokens(item.prompt) for item in items)
+        answer = task.max_tokens or roomy(max(_tokens(item.reference) for item in items))
+        questions.append((len(items), prompt, answer))
     return questions
+
+
+def _tokens(text: str) -> int:
+    return math.ceil(len(text.encode()) / BYTES_PER_TOKEN)
 
 
 def _engine_seconds(kind: Gpu, shape: Shape, dtype: str, length: int, written: int, read: int) -> float:

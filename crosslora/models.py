@@ -43,7 +43,7 @@ def resolve(base: Base, weights: bool = True) -> str:
         if not (path / "config.json").is_file():
             raise UserError(f"base: {path} holds no config.json; give the folder of a transformers model")
         return str(path)
-    if path.exists() or path.is_absolute() or base.base.startswith(".") or base.base.count("/") != 1:
+    if path.exists() or path.is_absolute() or base.base.startswith(".") or base.base.count("/") > 1:
         raise UserError(f"base: {base.base} does not exist; give a hub id, a model folder or a GGUF file")
     return _download(base, weights)
 

@@ -6,7 +6,7 @@ work is never done again; a run that was killed goes on with the same command.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,31 +81,60 @@ class TransferResult:
 def transfer(config: Config, redo: str | None = None, until: str | None = None) -> TransferResult:
     """Move every adapter of the configuration to the target base.
 
-    `redo` names a stage whose results, and those of the stages after it, are made again; `until` names the last stage
-    to run. Raises UserError for what the user can mend; finished stages are kept.
+    `redo` names a stage whose results, and those of the stages after it, are made again: STAGE of every adapter of the
+    configuration, or STAGE/NAME of one. `until` names the last stage to run. Raises UserError for what the user can
+    mend; finished stages are kept.
     """
-    for option, stage in (("--redo", redo), ("--until", until)):
-        if stage is not None and stage not in STAGES:
-            raise UserError(f"{option} {stage}: no such stage; one of {', '.join(STAGES)}")
+    again = Redo.parse(redo, [source.name for source in config.adapters])
+    _check_stage("--until", until)
     folder = RunFolder.open(config.run)
     with folder.writing():
         check_inputs(config)
         plan = make_plan(config)
         for source in config.adapters:
-            _check_former(config, source, folder, redo)
+            _check_former(config, source, folder, again.first(source.name))
         for warning in plan.warnings:
             say(f"[yellow]warning:[/yellow] {escape(warning)}")
         with cluster.session(config.cluster):
             done = redo is None and len(_evaluated(config, folder)) == len(config.adapters)
             if until in (None, STAGES[-1]) and not done:
                 refuse_a_second_server()
-            if redo is not None:  # after all checks: what is refused loses nothing
-                _forget(folder, redo)
+            for name in again.names:  # after all checks: what is refused loses nothing
+                _forget(folder, again.stage, name)
             folder.write_json("run.json", {"config": config.model_dump(mode="json")})
             folder.write_json("plan.json", plan.as_dict())
             for source in config.adapters:
                 _transfer_one(config, source, folder, until)
     return TransferResult(config.run, [_moved(folder, name) for name in _evaluated(config, folder)])
+
+
+@dataclass(frozen=True)
+class Redo:
+    """What is to be made again: a stage and those after it, of these adapters."""
+
+    stage: str
+    names: Sequence[str]
+
+    @classmethod
+    def parse(cls, text: str | None, names: Sequence[str]) -> Redo:
+        if text is None:
+            return cls(STAGES[0], ())
+        stage, _, name = text.partition("/")
+        _check_stage("--redo", stage)
+        if name and name not in names:
+            raise UserError(
+                f"--redo {text}: the configuration has no adapter {name!r}; one of {', '.join(names)}"
+            )
+        return cls(stage, (name,) if name else names)
+
+    def first(self, name: str) -> str | None:
+        """The first stage of this adapter that is made again, if any is."""
+        return self.stage if name in self.names else None
+
+
+def _check_stage(option: str, stage: str | None) -> None:
+    if stage is not None and stage not in STAGES:
+        raise UserError(f"{option} {stage}: no such stage; one of {', '.join(STAGES)}")
 
 
 def _evaluated(config: Config, folder: RunFolder) -> list[str]:
@@ -212,9 +241,9 @@ def filter_corpus(config: Config, corpus: Stage, filtered: Stage) -> dict[str, A
     if kept < config.synthesis.min_kept:
         removed = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if verdict != KEPT)
         raise UserError(
-            f"filter: {kept} of {config.synthesis.samples} samples were kept, synthesis.min_kept asks for "
+            f"filter: {kept} of {len(samples)} samples were kept, synthesis.min_kept asks for "
             f"{config.synthesis.min_kept} (removed: {removed or 'none; the teacher wrote no prompts'}); raise "
-            "synthesis.samples, give seed examples or prompts, or loosen the filter"
+            "synthesis.samples or synthesis.minutes, give seed examples or prompts, or loosen the filter"
         )
     write_verdicts(filtered.folder, filtered.name, rows)
     return filtered.finish({"counts": counts, "verdicts": digest(rows)})
@@ -262,7 +291,9 @@ def _once(stage: Stage, work: Any) -> None:
     stage.event("done")
 
 
-def _forget(folder: RunFolder, redo: str) -> None:
-    """The last stage first: where this is interrupted, nothing stays that was made from what is gone."""
+def _forget(folder: RunFolder, redo: str, adapter: str) -> None:
+    """The last first: where this is interrupted, nothing stays that was made from what is gone."""
+    if redo != "evaluate":
+        folder.remove(f"harness/{adapter}")  # benchmarks of the student that goes
     for stage in reversed(STAGES[STAGES.index(redo) :]):
-        folder.remove(stage)
+        folder.remove(f"{stage}/{adapter}")

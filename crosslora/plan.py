@@ -263,7 +263,8 @@ def _memory(config: Config, source: Shape, target: Shape, adapters: list[Adapter
 
 def _check_memory(plan: Plan, config: Config) -> None:
     """On one machine without a GPU its memory is the limit; elsewhere what runs there finds out."""
-    if torch.cuda.is_available() or config.cluster.address or os.environ.get("RAY_ADDRESS"):
+    on_gpus = config.cluster.gpus_per_engine or config.cluster.gpus_per_worker or torch.cuda.is_available()
+    if on_gpus or config.cluster.address or os.environ.get("RAY_ADDRESS"):
         return
     available = _memory_available()
     wanted = max(

@@ -1,7 +1,7 @@
 """The run folder: one writer, write-once files, manifests last, every stage keyed by a digest of its inputs.
 
-A run folder is a local path or any URI that pyarrow.fs opens. Object stores cannot rename, so nothing here does:
-a stage counts as done only when its `manifest.json`, written last, is there and its inputs are the same.
+A run folder is a local path or any URI that pyarrow.fs opens. Object stores cannot rename, so nothing here depends on
+it: a stage counts as done only when its `manifest.json`, written last, is there and its inputs are the same.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from crosslora.config import Config
 from crosslora.errors import UserError
 
 STAGES = ("synthesize", "filter", "fit", "export", "evaluate")
+BEFORE_ANY_RESULT = {"inputs.json", "events.jsonl", "events"}
+"""What a stage has of itself before it made anything."""
 PASSWORD = re.compile(r"://[^/@]*:(?!\d+/)[^@]*@")
 """User and password before the host of a URI, also where a slash of the password was not escaped; a port is none."""
 
@@ -33,6 +35,15 @@ PASSWORD = re.compile(r"://[^/@]*:(?!\d+/)[^@]*@")
 def digest(value: Any) -> str:
     """sha256 of a JSON-like value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _write_whole(file: Path, content: bytes) -> None:
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    with unfinished.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.replace(file)
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,11 @@ class RunFolder:
         return self.filesystem.get_file_info(self.path(name)).type != arrow_fs.FileType.NotFound
 
     def write_bytes(self, name: str, content: bytes) -> None:
+        """The whole file or none of it: an object store does so by itself, a full disk does not."""
         self.filesystem.create_dir(os.path.dirname(self.path(name)), recursive=True)
+        if self.local_root is not None:
+            _write_whole(Path(self.path(name)), content)
+            return
         with self.filesystem.open_output_stream(self.path(name)) as stream:
             stream.write(content)
 
@@ -116,19 +131,20 @@ class RunFolder:
             self.filesystem.delete_dir(self.path(name))
 
     def stage(self, name: str, inputs: dict[str, Any]) -> Stage:
-        """The folder of one stage; refuses to mix with a former run of it that had other inputs."""
-        stage = Stage(self, name, inputs)
-        if self.exists(f"{name}/inputs.json"):
-            former = self.read_json(f"{name}/inputs.json")
-            if digest(former) != digest(inputs):
+        """The folder of one stage; refuses to mix with what a former run of it made from other inputs."""
+        former = self.read_json(f"{name}/inputs.json") if self.exists(f"{name}/inputs.json") else None
+        if former is None or digest(former) != digest(inputs):
+            if former is not None and self._made_something(name):
                 changes = "; ".join(differences(former, inputs))
                 raise UserError(
-                    f"{self.path(name)}: was made from other inputs ({changes}); add --redo {name.split('/')[0]} "
-                    "to make it and what follows again, or name another run folder"
+                    f"{self.path(name)}: was made from other inputs ({changes}); add --redo {name} to make it and what "
+                    "follows again, or name another run folder"
                 )
-        else:
             self.write_json(f"{name}/inputs.json", inputs)
-        return stage
+        return Stage(self, name, inputs)
+
+    def _made_something(self, stage: str) -> bool:
+        return any(entry.base_name not in BEFORE_ANY_RESULT for entry in self.sub(stage).entries())
 
     @contextmanager
     def writing(self) -> Iterator[None]:

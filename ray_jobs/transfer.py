@@ -17,7 +17,7 @@ def main(until: str | None = None) -> None:
     """Run all stages up to `until`, done ones aside. The job fails where this exits with 2 (mend it) or 1."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("--config", required=True, help="YAML configuration")
-    parser.add_argument("--redo", metavar="STAGE", help="make this stage and those after it again")
+    parser.add_argument("--redo", metavar="STAGE[/NAME]", help="make this stage and those after it again")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as cluster.address=auto")
     arguments = parser.parse_args()
     with said_in_a_sentence():

@@ -1,3 +1,4 @@
+import os
 import shutil
 import string
 from pathlib import Path
@@ -120,11 +121,15 @@ def test_a_base_is_read_and_converted_once(
     assert resolve(base) != folder
 
 
-def test_leftover_of_a_killed_conversion_is_replaced(tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.part").mkdir()
-    (tmp_path / "out.part" / "junk").write_text("half")
+def test_leftovers_of_killed_conversions_are_removed_and_others_go_on(tiny: Path, tmp_path: Path) -> None:
+    killed, working = tmp_path / "out.part-1", tmp_path / "out.part-2"
+    for part in (killed, working):
+        part.mkdir()
+        (part / "junk").write_text("half")
+    os.utime(killed, (0, 0))
     gguf.convert(tiny, tmp_path / "out")
-    assert not (tmp_path / "out" / "junk").exists()
+    assert not killed.exists() and (working / "junk").exists()
+    assert not (tmp_path / "out/junk").exists()
 
 
 def test_folder_with_other_content_is_refused_and_kept(tiny: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """One writer, stages keyed by their inputs, nothing lost."""
 
+import errno
 import json
 import os
 import re
@@ -26,9 +27,31 @@ def test_a_stage_is_done_only_with_its_manifest(tmp_path: Path) -> None:
 
 
 def test_other_inputs_are_refused_with_the_difference(tmp_path: Path) -> None:
-    opened(tmp_path).stage("fit/a", {"fit": {"steps": 1, "rate": 2}})
-    with pytest.raises(UserError, match=r"fit\.steps: 1 -> 3\).*--redo fit"):
-        opened(tmp_path).stage("fit/a", {"fit": {"steps": 3, "rate": 2}})
+    folder = opened(tmp_path)
+    folder.stage("fit/a", {"fit": {"steps": 1, "rate": 2}})
+    folder.write_bytes("fit/a/train/state.bin", b"half a fit")
+    with pytest.raises(UserError, match=r"fit\.steps: 1 -> 3\).*--redo fit/a"):
+        folder.stage("fit/a", {"fit": {"steps": 3, "rate": 2}})
+
+
+def test_a_stage_that_made_nothing_takes_other_inputs(tmp_path: Path) -> None:
+    """What it was refused for can be mended without --redo."""
+    opened(tmp_path).stage("filter/a", {"min_kept": 9}).event("start")
+    opened(tmp_path).stage("filter/a", {"min_kept": 3}).finish({})
+    assert opened(tmp_path).read_json("filter/a/inputs.json") == {"min_kept": 3}
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = opened(tmp_path)
+    folder.write_bytes("a/b.json", b"former")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        folder.write_bytes("a/b.json", b"later")
+    assert folder.read_bytes("a/b.json") == b"former"
 
 
 def test_differences_name_the_leaves() -> None:

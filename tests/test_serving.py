@@ -36,8 +36,8 @@ from crosslora.errors import UserError
 from crosslora.evaluation.choices import ChoicesAtOnce
 from crosslora.evaluation.client import GREEDY, ask
 from crosslora.evaluation.harness import ask_harness, find_benchmarks, headline
-from crosslora.evaluation.likelihood import answer_ids, reference_nats
-from crosslora.evaluation.tasks import Item
+from crosslora.evaluation.likelihood import reference_nats
+from crosslora.evaluation.tasks import Item, answer_ids
 from crosslora.serving import Model, Resources, serve_models
 from crosslora.text.templates import ChatFormat
 from crosslora.vllm_settings import environment, lora_options

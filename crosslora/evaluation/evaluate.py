@@ -13,7 +13,7 @@ from crosslora.adapter import Adapter, write_adapter
 from crosslora.config import HELD_OUT, Base, Config, Task
 from crosslora.evaluation.baselines import baseline
 from crosslora.evaluation.client import ask
-from crosslora.evaluation.likelihood import PASSAGE_TOKENS, answer_ids, reference_nats, text_nats
+from crosslora.evaluation.likelihood import PASSAGE_TOKENS, reference_nats, text_nats
 from crosslora.evaluation.report import write_report
 from crosslora.evaluation.results import (
     PLAIN_TEXT,
@@ -25,7 +25,7 @@ from crosslora.evaluation.results import (
     Nats,
     collect,
 )
-from crosslora.evaluation.tasks import Item, answer_tokens, read_items
+from crosslora.evaluation.tasks import Item, answer_ids, answer_tokens, read_items
 from crosslora.models import context_length, resolve
 from crosslora.precision import decided
 from crosslora.projection.build import build_transfer
@@ -147,7 +147,7 @@ def _ask(
                     model,
                     items[: settings.baseline_items] if model in settings.baselines else items,
                     chat,
-                    answer_tokens(task, items),
+                    answer_tokens(task, items, chat),
                     settings.concurrency,
                 )
                 for task, items in tasks
@@ -177,8 +177,9 @@ def _nats(
 def longest_conversation(tasks: list[tuple[Task, list[Item]]], chat: ChatFormat) -> int:
     """Tokens of the longest prompt with its answer or reference."""
     lengths = (
-        len(chat.prompt_ids(item.prompt)) + max(answer_tokens(task, items), len(answer_ids(item, chat)))
+        len(chat.prompt_ids(item.prompt)) + max(room, len(answer_ids(item, chat)))
         for task, items in tasks
+        for room in [answer_tokens(task, items, chat)]
         for item in items
     )
     return max(lengths, default=1)

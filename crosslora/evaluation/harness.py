@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,7 @@ from crosslora.config import AdapterSource, Base, Config, Task
 from crosslora.errors import UserError
 from crosslora.evaluation.client import ask, served_models
 from crosslora.evaluation.evaluate import ROOM, adapter_folders, longest_conversation, model_of, resources_of
-from crosslora.evaluation.harness_tasks import local_tasks
+from crosslora.evaluation.harness_tasks import local_tasks, spread
 from crosslora.evaluation.metrics import bootstrap_interval, paired_difference, recovered_gain
 from crosslora.evaluation.results import SOURCE_BASE, STUDENT, TARGET_BASE, TEACHER
 from crosslora.evaluation.tasks import answer_tokens, read_items, score
@@ -59,8 +59,8 @@ class Benchmark:
 @dataclass(frozen=True)
 class Benchmarks:
     of_harness: dict[str, Benchmark]
-    limit: int | None = None
-    """Items of each task that the harness is to take; None where the data is cut already."""
+    samples: dict[str, list[int]] | None = None
+    """Which items of each task the harness is to take; None for all that there are in the data."""
     longest: int = LONGEST
     """Tokens of a prompt and its answer."""
     own: Sequence[Task] = ()
@@ -90,7 +90,7 @@ def _own_task(text: str, items: int | None) -> Task:
         task = Task(name=path.stem, path=path, metrics=[metric or "exact_match"], items=items)
     except ValidationError as error:
         raise UserError(f"--tasks {text}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
-    read_items(task)  # refused before anything is served
+    read_items(task, "--tasks")  # refused before anything is served
     return task
 
 
@@ -121,9 +121,19 @@ def _of_harness(names: Sequence[str], task_data: Path | None, items: int | None)
     answer = max(int(settings.get("max_gen_toks", USUAL_ANSWER)) for settings in asked)
     return Benchmarks(
         {name: Benchmark(name, list(tasks), _mean_metric(name, tasks)) for name, tasks in loaded.items()},
-        items,
+        None if items is None else _chosen(loaded.values(), items),
         LONGEST + max(answer - USUAL_ANSWER, 0),
     )
+
+
+def _chosen(benchmarks: Iterable[dict[str, Any]], items: int) -> dict[str, list[int]]:
+    """Of each benchmark about so many items, evenly spread over its tasks and at least one of each."""
+    chosen = {}
+    for tasks in benchmarks:
+        sizes = {name: len(task.eval_docs) for name, task in tasks.items()}
+        for name, size in sizes.items():
+            chosen[name] = spread(range(size), max(1, round(items * size / sum(sizes.values()))))
+    return chosen
 
 
 def _mean_metric(name: str, tasks: dict[str, Any]) -> str:
@@ -251,7 +261,7 @@ def _ask_all(
 
 def _ask(url: str, model: str, task: Task, chat: ChatFormat, concurrency: int) -> tuple[str, np.ndarray]:
     items = read_items(task)
-    answers = ask(url, model, items, chat, answer_tokens(task, items), concurrency)
+    answers = ask(url, model, items, chat, answer_tokens(task, items, chat), concurrency)
     return task.metrics[0], score(task.metrics[0], answers, items)
 
 
@@ -283,7 +293,7 @@ def ask_harness(url: str, model: str, tokenizer_folder: str, benchmarks: Benchma
         found = lm_eval.simple_evaluate(
             model=client,
             tasks=[benchmark.definition for benchmark in benchmarks.of_harness.values()],
-            limit=benchmarks.limit,
+            samples=benchmarks.samples,
             bootstrap_iters=0,
         )
     except ClientError as error:

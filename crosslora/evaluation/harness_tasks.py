@@ -10,13 +10,14 @@ import csv
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from crosslora.errors import UserError
 
 LETTERS = "ABCD"
 GSM8K_SHOTS = 5
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 def local_tasks(names: Sequence[str], folder: Path, items: int | None) -> list[dict[str, Any]]:
@@ -43,7 +44,7 @@ def _mmlu(folder: Path, items: int | None) -> dict[str, Any]:
     choices = "".join(f"{letter}. {{{{choices[{i}]}}}}\n" for i, letter in enumerate(LETTERS))
     return {
         "task": "mmlu",
-        "custom_dataset": _dataset(test=_spread(rows, items)),
+        "custom_dataset": _dataset(test=spread(rows, items)),
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "The following are multiple choice questions (with answers) about {{subject}}.\n\n"
@@ -90,7 +91,7 @@ def _gsm8k(folder: Path, items: int | None) -> dict[str, Any]:
     number = {"function": "regex", "regex_pattern": "#### (\\-?[0-9\\.\\,]+)"}
     return {
         "task": "gsm8k",
-        "custom_dataset": _dataset(train=train, test=_spread(test, items)),
+        "custom_dataset": _dataset(train=train, test=spread(test, items)),
         "fewshot_split": "train",
         "test_split": "test",
         "output_type": "generate_until",
@@ -125,7 +126,8 @@ def _problems(file: Path) -> list[Row]:
     return rows
 
 
-def _spread(rows: list[Row], items: int | None) -> list[Row]:
+def spread(rows: Sequence[T], items: int | None) -> list[T]:
+    """So many of them, evenly spread; all where there are fewer."""
     count = min(items or len(rows), len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]
 

@@ -11,7 +11,7 @@ import numpy as np
 from openai import AsyncOpenAI
 
 from crosslora.evaluation.client import asked, connect
-from crosslora.evaluation.tasks import Item
+from crosslora.evaluation.tasks import Item, answer_ids
 from crosslora.progress import Meter, progress
 from crosslora.text.templates import ChatFormat
 
@@ -45,10 +45,6 @@ def passages() -> list[str]:
     """English prose that comes with Python: the beginnings of its language reference's longer topics."""
     longer = (topics[name] for name in sorted(topics) if len(topics[name]) >= PASSAGE_CHARACTERS)
     return [text[:PASSAGE_CHARACTERS] for text in islice(longer, PASSAGES)]
-
-
-def answer_ids(item: Item, chat: ChatFormat) -> list[int]:
-    return [*chat.tokenizer(item.reference, add_special_tokens=False)["input_ids"], chat.eos_id]
 
 
 def _nats(url: str, model: str, parts: Sequence[tuple[list[int], list[int]]], concurrency: int) -> np.ndarray:

@@ -10,11 +10,10 @@ import numpy as np
 from crosslora.config import Task
 from crosslora.errors import UserError
 from crosslora.evaluation.metrics import exact_match, f1, has_field, json_field, json_slots, regex, rouge_l
+from crosslora.text.templates import ChatFormat
 
 LEAST_TOKENS, MOST_TOKENS = 96, 1024
-"""Of an answer, where a task does not say how many."""
-BYTES_PER_TOKEN = 4
-"""Of most text, about."""
+"""Of an answer, where a task does not say how many; it may always be as long as the longest reference."""
 
 
 @dataclass(frozen=True)
@@ -35,41 +34,48 @@ class Answer:
     """Seconds of one clock, the same for all answers of a model: when it was asked, and when the answer was there."""
 
 
-def read_items(task: Task) -> list[Item]:
-    """Raises UserError that names the line."""
+def read_items(task: Task, field: str = "evaluation.tasks") -> list[Item]:
+    """Raises UserError that names the line, and `field` as the place where the task was asked for."""
     items = []
     try:
-        lines = task.path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        text = task.path.read_text(encoding="utf-8").rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"evaluation.tasks: {task.path} cannot be read ({error}); give a JSON-lines file"
-        ) from error
-    for number, line in enumerate(lines[: task.items], 1):  # not splitlines(): JSON may hold U+2028
+        raise UserError(f"{field}: {task.path} cannot be read ({error}); give a JSON-lines file") from error
+    if not text:
+        raise UserError(f"{field}: {task.path} is empty; give at least one line")
+    for number, line in enumerate(
+        text.split("\n")[: task.items], 1
+    ):  # not splitlines(): JSON may hold U+2028
         try:
             row = json.loads(line)
             items.append(Item(_text(row["prompt"]), _text(row["completion"])))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"evaluation.tasks: {task.path} line {number} is no object with the texts prompt and completion; mend the "
+                f"{field}: {task.path} line {number} is no object with the texts prompt and completion; mend the "
                 "line"
             ) from error
-    if not items:
-        raise UserError(f"evaluation.tasks: {task.path} is empty; give at least one line")
     for metric in task.metrics:  # a metric refuses a reference that it cannot read: before hours of work
         for item in items:
             _one(metric, "", item.reference)
-        field = metric.removeprefix("json_field:")
-        if field != metric and not any(has_field(item.reference, field) for item in items):
-            raise UserError(
-                f"evaluation.tasks: {task.path}: no completion has the field {field!r} of {metric}"
-            )
+        key = metric.removeprefix("json_field:")
+        if key != metric and not any(has_field(item.reference, key) for item in items):
+            raise UserError(f"{field}: {task.path}: no completion has the field {key!r} of {metric}")
     return items
 
 
-def answer_tokens(task: Task, items: list[Item]) -> int:
+def answer_ids(item: Item, chat: ChatFormat) -> list[int]:
+    """The reference and its end."""
+    return [*chat.tokenizer(item.reference, add_special_tokens=False)["input_ids"], chat.eos_id]
+
+
+def answer_tokens(task: Task, items: list[Item], chat: ChatFormat) -> int:
     """Tokens that an answer may have."""
-    longest = max(len(item.reference.encode()) for item in items)
-    return task.max_tokens or min(max(2 * longest // BYTES_PER_TOKEN, LEAST_TOKENS), MOST_TOKENS)
+    return task.max_tokens or roomy(max(len(answer_ids(item, chat)) for item in items))
+
+
+def roomy(longest: int) -> int:
+    """Tokens for an answer where the longest reference takes `longest`: twice as many, up to MOST_TOKENS."""
+    return max(longest, min(2 * longest, MOST_TOKENS), LEAST_TOKENS)
 
 
 def _text(completion: object) -> str:

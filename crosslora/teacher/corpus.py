@@ -76,12 +76,12 @@ def read_shard(folder: RunFolder, stage: str, index: int) -> list[Sample]:
     """Raises UserError where the shard is damaged."""
     name = f"{stage}/shard-{index:05d}"
     try:
-        content = folder.read_bytes(f"{name}.parquet")
+        content, marker = folder.read_bytes(f"{name}.parquet"), folder.read_json(f"{name}.json")
     except FileNotFoundError as error:
-        raise UserError(f"{folder.path(name)}.parquet: is missing; add --redo synthesize") from error
-    if hashlib.sha256(content).hexdigest() != folder.read_json(f"{name}.json")["sha256"]:
+        raise UserError(f"{folder.path(name)}: is missing; add --redo {stage}") from error
+    if hashlib.sha256(content).hexdigest() != marker["sha256"]:
         raise UserError(
-            f"{folder.path(name)}.parquet: damaged (its digest does not match); add --redo synthesize to write the corpus again"
+            f"{folder.path(name)}.parquet: damaged (its digest does not match); add --redo {stage} to write the corpus again"
         )
     return [_sample(row) for row in pq.read_table(pa.BufferReader(content)).to_pylist()]
 

@@ -13,6 +13,7 @@ from crosslora.errors import UserError
 from crosslora.evaluation.harness import (
     Benchmark,
     _add,
+    _chosen,
     _mean_metric,
     _task_result,
     evaluate_run,
@@ -94,6 +95,19 @@ def test_the_metric_of_a_group_is_one_that_all_its_tasks_have() -> None:
         _mean_metric(
             "group", {"a": Perplexities(acc=metrics.mean), "b": Perplexities(exact_match=metrics.mean)}
         )
+
+
+class Questions:
+    def __init__(self, size: int) -> None:
+        self.eval_docs: list[dict[str, str]] = [{}] * size
+
+
+def test_items_of_a_group_are_spread_over_its_tasks() -> None:
+    """`items` is of the benchmark, not of each of its tasks; every task has one at least."""
+    group = {"a": Questions(100), "b": Questions(300), "c": Questions(2)}
+    chosen = _chosen([group, {"alone": Questions(8)}], 40)
+    assert {name: len(indices) for name, indices in chosen.items()} == {"a": 10, "b": 30, "c": 1, "alone": 8}
+    assert chosen["a"] == list(range(0, 100, 10))
 
 
 def test_what_was_asked_before_stays(tmp_path: Path) -> None:

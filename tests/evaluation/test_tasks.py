@@ -8,6 +8,10 @@ import pytest
 from crosslora.config import Task
 from crosslora.errors import UserError
 from crosslora.evaluation.tasks import Answer, answer_tokens, read_items, score
+from crosslora.text.templates import ChatFormat
+from tests.tiny import byte_level_tokenizer
+
+CHAT = ChatFormat(byte_level_tokenizer())
 
 
 def task(tmp_path: Path, completion: object, metric: str) -> Task:
@@ -47,8 +51,10 @@ def test_an_answer_that_did_not_end_scores_nothing(tmp_path: Path) -> None:
 
 
 def test_answers_have_room_for_the_longest_reference(tmp_path: Path) -> None:
-    long = task(tmp_path, "word " * 100, "exact_match")
-    assert answer_tokens(long, read_items(long)) == 250
+    long = task(tmp_path, "字" * 100, "exact_match")  # three bytes and three tokens each
+    assert answer_tokens(long, read_items(long), CHAT) == 2 * 301
     short = task(tmp_path, "yes", "exact_match")
-    assert answer_tokens(short, read_items(short)) == 96
-    assert answer_tokens(short.model_copy(update={"max_tokens": 3}), read_items(short)) == 3
+    assert answer_tokens(short, read_items(short), CHAT) == 96
+    assert answer_tokens(short.model_copy(update={"max_tokens": 3}), read_items(short), CHAT) == 3
+    longer = task(tmp_path, "字" * 700, "exact_match")
+    assert answer_tokens(longer, read_items(longer), CHAT) == 2101

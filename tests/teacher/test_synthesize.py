@@ -40,7 +40,8 @@ def run(pair: Path, folder: Path, **settings: object) -> Stage:
 def kill_the_engine(events: Path) -> None:
     while not (events.exists() and '"shard": 0' in events.read_text()):
         time.sleep(0.02)
-    engine = next(p for p in psutil.process_iter(["cmdline"]) if "ray::Teacher" in str(p.info["cmdline"]))
+    ours = psutil.Process().children(recursive=True)
+    engine = next(process for process in ours if "ray::Teacher" in str(process.cmdline()))
     os.kill(engine.pid, signal.SIGKILL)
 
 
