@@ -34,14 +34,16 @@ def seeded(config: Config, name: str, seed: int) -> Config:
 
 
 def minutes(config: Config, name: str, seed: int) -> dict[str, float]:
-    """Wall time of each stage by its last start and end; a stage that was interrupted took longer."""
+    """Of each stage."""
     folder = RunFolder.open(seeded(config, name, seed).run)
-    spent = {}
-    for stage in STAGES:
-        lines = folder.read_bytes(f"{stage}/{config.adapters[0].name}/events.jsonl").decode().splitlines()
-        times = {event["event"]: event["time"] for event in map(json.loads, lines)}
-        spent[stage] = round((times["done"] - times["start"]) / 60, 2)
-    return spent
+    return {stage: stage_minutes(folder, f"{stage}/{config.adapters[0].name}") for stage in STAGES}
+
+
+def stage_minutes(run: RunFolder, stage: str) -> float:
+    """Wall time by the last start and end; a stage that was interrupted took longer."""
+    lines = run.read_bytes(f"{stage}/events.jsonl").decode().splitlines()
+    times = {event["event"]: event["time"] for event in map(json.loads, lines)}
+    return round((times["done"] - times["start"]) / 60, 2)
 
 
 def over_seeds(values: list[float]) -> dict[str, float]:

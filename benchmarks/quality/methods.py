@@ -18,6 +18,7 @@ from benchmarks.quality.cells import BATCH, WORK, Cell
 from benchmarks.quality.distil import PlainLora, distil
 from benchmarks.quality.tasks import Row
 from benchmarks.train_adapter import DTYPE, Recipe, conversations, mean_loss, save, train
+from benchmarks.whole_run import stage_minutes
 from crosslora.adapter import LoraFactors, read_adapter, write_adapter
 from crosslora.adapter_config import read_settings
 from crosslora.config import Base, Config, Prompts
@@ -149,20 +150,15 @@ def _transferred(cell: Cell, config: Config) -> Report:
     run.sub(f"export/{name}").copy(cell.folder)
     fitted, filtered = (run.read_json(f"{stage}/{name}/manifest.json") for stage in ("fit", "filter"))
     return {
-        "minutes": {stage: _minutes(run, f"{stage}/{name}") for stage in ("synthesize", "filter", "fit")},
+        "minutes": {
+            stage: stage_minutes(run, f"{stage}/{name}") for stage in ("synthesize", "filter", "fit")
+        },
         "samples": filtered["counts"],
         "coverage": fitted["coverage"],
         "held_out_kl": fitted["held_out_kl"],
         "tokens_per_second": fitted["tokens_per_second"],
         "verbatim": _verbatim(cell, run),
     }
-
-
-def _minutes(run: RunFolder, stage: str) -> float:
-    """By the last start and end; a stage that was interrupted took longer."""
-    lines = run.read_bytes(f"{stage}/events.jsonl").decode().splitlines()
-    times = {event["event"]: event["time"] for event in map(json.loads, lines)}
-    return round((times["done"] - times["start"]) / 60, 2)
 
 
 def _verbatim(cell: Cell, run: RunFolder) -> Report:
