@@ -150,7 +150,9 @@ def evaluate(
             metavar="DIR", help="Take mmlu and gsm8k from DIR/mmlu/test/*.csv and DIR/gsm8k_*.jsonl."
         ),
     ] = None,
-    items: Annotated[int | None, typer.Option(min=1, help="Most items of a task.  [default: all]")] = None,
+    items: Annotated[
+        int | None, typer.Option(min=1, help="About so many items of a benchmark or file.  [default: all]")
+    ] = None,
     url: Annotated[
         str | None,
         typer.Option(

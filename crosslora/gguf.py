@@ -1,10 +1,11 @@
 """Turns a GGUF file into a local Hugging Face folder in bfloat16, once."""
 
+import glob
 import hashlib
 import json
 import os
 import shutil
-import time
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +27,6 @@ from crosslora.errors import UserError
 
 MARKER = "crosslora-conversion.json"
 PROBE = "The capital of France is"
-ABANDONED = 24 * 3600
-"""Seconds after which nobody writes to an unfinished conversion any more."""
 
 
 def convert(gguf_path: Path, folder: Path, sha256: str | None = None) -> None:
@@ -47,7 +46,8 @@ def convert(gguf_path: Path, folder: Path, sha256: str | None = None) -> None:
         return
     reader = _read(gguf_path)
     folder = folder.absolute()
-    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")  # another process may convert the same file
+    # another process, or a host with the same cache, may convert the same file
+    part = folder.with_name(f"{folder.name}.part-{socket.gethostname()}-{os.getpid()}")
     try:
         _make_room(part, weight_bytes=2 * sum(int(tensor.n_elements) for tensor in reader.tensors))
         with _parsed_once(reader):
@@ -110,9 +110,11 @@ def _adds_bos(reader: GGUFReader) -> bool:
 
 
 def _make_room(part: Path, weight_bytes: int) -> None:
-    for old in part.parent.glob(f"{part.name.rpartition('-')[0]}-*"):  # what killed conversions left
-        if old == part or time.time() - old.stat().st_mtime > ABANDONED:
-            shutil.rmtree(old, ignore_errors=True)
+    of_this_host = part.name.rpartition("-")[0]
+    for other in part.parent.glob(f"{glob.escape(of_this_host)}-*"):
+        pid = other.name.rpartition("-")[2]
+        if other == part or (pid.isdigit() and not Path(f"/proc/{pid}").exists()):
+            shutil.rmtree(other, ignore_errors=True)  # what a killed conversion left
     part.mkdir(parents=True)
     needed = weight_bytes + (1 << 27)  # a tokenizer of 262k entries takes 33 MB
     free = shutil.disk_usage(part).free

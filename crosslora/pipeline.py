@@ -119,13 +119,13 @@ class Redo:
     def parse(cls, text: str | None, names: Sequence[str]) -> Redo:
         if text is None:
             return cls(STAGES[0], ())
-        stage, _, name = text.partition("/")
+        stage, slash, name = text.partition("/")
         _check_stage("--redo", stage)
-        if name and name not in names:
+        if slash and name not in names:
             raise UserError(
                 f"--redo {text}: the configuration has no adapter {name!r}; one of {', '.join(names)}"
             )
-        return cls(stage, (name,) if name else names)
+        return cls(stage, (name,) if slash else names)
 
     def first(self, name: str) -> str | None:
         """The first stage of this adapter that is made again, if any is."""

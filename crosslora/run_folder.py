@@ -39,11 +39,15 @@ def digest(value: Any) -> str:
 
 def _write_whole(file: Path, content: bytes) -> None:
     unfinished = file.with_name(f"{file.name}.unfinished")
-    with unfinished.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(file)
+    try:
+        with unfinished.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)  # so that a full disk is not left with it
+        raise
 
 
 @dataclass(frozen=True)
@@ -134,17 +138,18 @@ class RunFolder:
         """The folder of one stage; refuses to mix with what a former run of it made from other inputs."""
         former = self.read_json(f"{name}/inputs.json") if self.exists(f"{name}/inputs.json") else None
         if former is None or digest(former) != digest(inputs):
-            if former is not None and self._made_something(name):
-                changes = "; ".join(differences(former, inputs))
+            if self._made_something(name):
+                changes, (stage, adapter) = "; ".join(differences(former or {}, inputs)), name.split("/")
                 raise UserError(
-                    f"{self.path(name)}: was made from other inputs ({changes}); add --redo {name} to make it and what "
-                    "follows again, or name another run folder"
+                    f"{self.path(name)}: was made from other inputs ({changes}); add --redo {stage} to make it and what "
+                    f"follows again (--redo {name}: of {adapter} alone), or name another run folder"
                 )
             self.write_json(f"{name}/inputs.json", inputs)
         return Stage(self, name, inputs)
 
     def _made_something(self, stage: str) -> bool:
-        return any(entry.base_name not in BEFORE_ANY_RESULT for entry in self.sub(stage).entries())
+        names = (str(entry.base_name) for entry in self.sub(stage).entries())
+        return any(name not in BEFORE_ANY_RESULT for name in names)
 
     @contextmanager
     def writing(self) -> Iterator[None]:

@@ -109,6 +109,10 @@ def test_plan_on_gpus(pair: Path, said: Run, monkeypatch: pytest.MonkeyPatch) ->
     said("validate", pair / "c.yaml", *(f"--set={setting}" for setting in settings))
 
 
+def test_a_number_of_gpus_needs_their_kind(refused: Run) -> None:
+    assert "--gpus 8: of which kind?" in refused("plan", options=["--gpus", "8"])
+
+
 def test_plan_for_an_unknown_kind(refused: Run) -> None:
     assert "--gpu B200: not known here" in refused("plan", options=["--gpu", "B200"])
 
@@ -214,6 +218,13 @@ def test_disk_really_full(refused: Run, tmp_path: Path) -> None:
 def test_too_little_memory(refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "_memory_available", lambda: 0.5)
     assert "0.5 GB are free" in refused("transfer")
+
+
+def test_memory_of_this_machine_is_no_limit_for_gpus_elsewhere(
+    pair: Path, said: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_memory_available", lambda: 0.5)
+    assert said("plan", pair / "c.yaml", "-s", "cluster.gpus_per_engine=1", "-s", "cluster.gpus_per_worker=1")
 
 
 def test_bad_task_file(refused: Run, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import os
 import shutil
+import socket
 import string
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def test_conversion_is_readable_and_keeps_the_bos_rule(
     assert torch.allclose(
         model.get_input_embeddings().weight.float(), torch.tensor(expected).float(), atol=2e-3
     )
-    assert not folder.with_name("tiny.part").exists()
+    assert not list(tmp_path.glob("tiny.part*"))
 
 
 def test_finished_folder_is_left_alone(tiny: Path, tmp_path: Path) -> None:
@@ -122,13 +123,18 @@ def test_a_base_is_read_and_converted_once(
 
 
 def test_leftovers_of_killed_conversions_are_removed_and_others_go_on(tiny: Path, tmp_path: Path) -> None:
-    killed, working = tmp_path / "out.part-1", tmp_path / "out.part-2"
-    for part in (killed, working):
+    here = f"out.part-{socket.gethostname()}"
+    killed = [tmp_path / f"{here}-{2**22 + 1}", tmp_path / f"{here}-{os.getpid()}"]
+    others = [
+        tmp_path / f"{here}-{os.getppid()}",
+        tmp_path / "out.part-elsewhere-7",
+        tmp_path / f"{here}-copy",
+    ]
+    for part in (*killed, *others):
         part.mkdir()
         (part / "junk").write_text("half")
-    os.utime(killed, (0, 0))
     gguf.convert(tiny, tmp_path / "out")
-    assert not killed.exists() and (working / "junk").exists()
+    assert not any(part.exists() for part in killed) and all((part / "junk").exists() for part in others)
     assert not (tmp_path / "out/junk").exists()
 
 

@@ -18,7 +18,8 @@ def test_a_stage_is_made_again_for_all_adapters_or_for_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("redo", "reason"), [("fitt", "one of synthesize"), ("fit/c", "no adapter 'c'; one of a, b")]
+    ("redo", "reason"),
+    [("fitt", "one of synthesize"), ("fit/c", "no adapter 'c'; one of a, b"), ("fit/", "no adapter ''")],
 )
 def test_what_cannot_be_made_again_is_refused(redo: str, reason: str) -> None:
     with pytest.raises(UserError, match=f"--redo {redo}: .*{reason}"):

@@ -58,7 +58,7 @@ def evaluate(
         folders = adapter_folders(config, adapter, pair, student, Path(temporary))
         teacher = {TEACHER: folders.pop(TEACHER)}
         answers, nats = _ask(config, config.source, SOURCE_BASE, teacher, pair.teacher, tasks, [TEACHER])
-        tasks = _with_teacher_references(tasks, answers)
+        tasks = _with_teacher_references(config, pair.student, tasks, answers)
         models = [TARGET_BASE, *folders]
         others = _ask(config, config.target, TARGET_BASE, folders, pair.student, tasks, models)
         answers, nats = answers | others[0], nats | others[1]
@@ -92,17 +92,19 @@ def _tasks(config: Config, folder: RunFolder, corpus: tuple[str, str]) -> list[t
 
 
 def _with_teacher_references(
-    tasks: list[tuple[Task, list[Item]]], answers: Answers
+    config: Config, chat: ChatFormat, tasks: list[tuple[Task, list[Item]]], answers: Answers
 ) -> list[tuple[Task, list[Item]]]:
     """Held-out prompts have no label: agreement with the teacher's own greedy answer is what is scored."""
+    context = context_length(resolve(config.target), unknown=1 << 30)
 
     def referenced(task: Task, items: list[Item]) -> tuple[Task, list[Item]]:
         if task.name != HELD_OUT:
             return task, items
         given = zip(items, answers[TEACHER][HELD_OUT], strict=True)
-        return task.model_copy(update={"max_tokens": None}), [
-            Item(item.prompt, answer.text) for item, answer in given
-        ]
+        referred = [Item(item.prompt, answer.text) for item, answer in given]
+        wanted = answer_tokens(task.model_copy(update={"max_tokens": None}), referred, chat)
+        room = context - ROOM - max(len(chat.prompt_ids(item.prompt)) for item in referred)
+        return task.model_copy(update={"max_tokens": max(min(wanted, room), 1)}), referred
 
     return [referenced(task, items) for task, items in tasks]
 

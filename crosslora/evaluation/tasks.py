@@ -55,8 +55,11 @@ def read_items(task: Task, field: str = "evaluation.tasks") -> list[Item]:
                 "line"
             ) from error
     for metric in task.metrics:  # a metric refuses a reference that it cannot read: before hours of work
-        for item in items:
-            _one(metric, "", item.reference)
+        for number, item in enumerate(items, 1):
+            try:
+                _one(metric, "", item.reference)
+            except UserError as error:
+                raise UserError(f"{field}: {task.path} line {number}: {error}") from None
         key = metric.removeprefix("json_field:")
         if key != metric and not any(has_field(item.reference, key) for item in items):
             raise UserError(f"{field}: {task.path}: no completion has the field {key!r} of {metric}")

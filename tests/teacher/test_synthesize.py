@@ -40,8 +40,12 @@ def run(pair: Path, folder: Path, **settings: object) -> Stage:
 def kill_the_engine(events: Path) -> None:
     while not (events.exists() and '"shard": 0' in events.read_text()):
         time.sleep(0.02)
-    ours = psutil.Process().children(recursive=True)
-    engine = next(process for process in ours if "ray::Teacher" in str(process.cmdline()))
+    ours = {process.pid for process in psutil.Process().children(recursive=True)}
+    engine = next(
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if process.pid in ours and "ray::Teacher" in str(process.info["cmdline"])
+    )
     os.kill(engine.pid, signal.SIGKILL)
 
 
