@@ -1,0 +1,26 @@
+"""What the models are asked."""
+
+from pathlib import Path
+
+from crosslora.config import HELD_OUT, Base, Task
+from crosslora.evaluation.evaluate import ROOM, _with_teacher_references
+from crosslora.evaluation.results import TEACHER
+from crosslora.evaluation.tasks import Answer, Item
+from crosslora.models import load_format
+from tests.tiny import bare_config, tiny_llama
+
+
+def test_an_answer_to_a_held_out_prompt_fits_the_context_of_the_target(tmp_path: Path) -> None:
+    """Twice the teacher's answer, or what is left beside the prompt of 512 positions."""
+    base = Base(base=str(tiny_llama(tmp_path)))
+    chat, config = load_format(base.base, base), bare_config(target={"base": base.base})
+    task = Task(name=HELD_OUT, path=Path("corpus"), metrics=["exact_match"], max_tokens=256)
+
+    def room(text: str) -> int | None:
+        answers = {TEACHER: {HELD_OUT: [Answer(text, ended=True)]}}
+        ((referenced, items),) = _with_teacher_references(config, chat, [(task, [Item("hi", "")])], answers)
+        assert items == [Item("hi", text)]
+        return referenced.max_tokens
+
+    assert room("字" * 20) == 2 * 61
+    assert room("字" * 100) == 512 - ROOM - len(chat.prompt_ids("hi"))
