@@ -97,7 +97,7 @@ def served(side: Side, questions: Questions, chat: ChatFormat) -> dict[str, Give
             answers = ask(endpoint.url, name, items, chat, answer_tokens(task, items, chat), 32)
             given[task.name] = _own(task, answers)
         for benchmarks in questions.benchmarks():
-            samples = ask_harness(endpoint.url, name, resolve(side.base), benchmarks)
+            samples = ask_harness(endpoint.url, name, resolve(side.base), chat.stop_ids, benchmarks)
             given |= _of_samples(samples, benchmarks)
     return given
 

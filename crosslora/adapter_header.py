@@ -18,6 +18,8 @@ FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 HEADS_AND_EMBEDDINGS = frozenset(("lm_head", "embed_out", "embed_tokens", "wte"))
 # The adapter's own name stands after lora_A where a whole state dict was saved.
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(\.[^.]+)?\.weight")
+_FORMER = re.compile(r"^language_model\.model\.")
+"""Of bases that also see, before transformers 4.52."""
 # part of a tensor's name, and what it is a sign of
 _FOREIGN = {
     "lora_embedding_": "a LoRA on an embedding",
@@ -139,7 +141,7 @@ def _parse(file: Path, key: str) -> tuple[str, str]:
             f"{file}: {match['module']} is adapted, and a head or an embedding cannot be moved to another "
             "vocabulary; train the adapter without it in target_modules"
         )
-    return match["module"], match["side"]
+    return _FORMER.sub("model.language_model.", match["module"]), match["side"]
 
 
 def _module_shape(file: Path, settings: LoraSettings, module: str, a: list[int], b: list[int]) -> ModuleShape:

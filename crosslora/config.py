@@ -216,8 +216,8 @@ class Evaluation(_Section):
 class Cluster(_Section):
     address: str | None = None
     """Ray cluster to use: None starts one in this process (or uses RAY_ADDRESS), "auto" joins the running one."""
-    gpus_per_engine: float = Field(0, ge=0)
-    """GPUs of one engine's tensor-parallel rank; 0 runs vLLM's CPU build."""
+    gpus_per_engine: int = Field(0, ge=0)
+    """GPUs of one engine's tensor-parallel rank, whole ones: vLLM takes what a card has. 0 runs vLLM's CPU build."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs of one fit worker; 0 trains on CPU."""
     wait_seconds: float = Field(600, gt=0)

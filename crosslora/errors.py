@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+INTERRUPTED = 130
+"""What typer makes of Ctrl-C."""
+
 
 class UserError(Exception):
     """A problem the user can mend; its message names the field, the value, the reason and the way out."""
@@ -20,7 +23,9 @@ def said_in_a_sentence() -> Iterator[None]:
         yield
     except UserError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        if isinstance(stopped, SystemExit) and stopped.code != INTERRUPTED:
+            raise
         resumes = "; `crosslora transfer` without --redo goes on from here" if "transfer" in sys.argv else ""
         print(f"interrupted{resumes}", file=sys.stderr)
         sys.exit(1)

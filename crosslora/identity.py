@@ -15,12 +15,10 @@ from crosslora.teacher.corpus import SCHEMA_VERSION
 
 @cache
 def base_identity(base: Base) -> dict[str, Any]:
-    """Name, revision, and digests of a base, its tokenizer and its chat template (as loaded, not as stored)."""
+    """Digests of a base, its tokenizer and its chat template (as loaded, not as stored), wherever it lies."""
     folder = resolve(base)
     chat = load_format(folder, base)
     return {
-        "base": base.base,
-        "revision": base.revision,
         "base_digest": base_digest(folder),
         "tokenizer": _sha(chat.tokenizer.backend_tokenizer.to_str()),
         "chat_template": _sha(str(chat.tokenizer.chat_template)),

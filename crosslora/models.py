@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -100,7 +101,8 @@ def _generation_ends(folder: str) -> list[int]:
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        # mistral-common, which vLLM brings, has another tokenizer class without chat templates
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, mistral_format=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -118,26 +120,30 @@ def load_model(folder: str, dtype: str) -> PreTrainedModel:
 
 
 def base_digest(folder: str) -> str:
-    """sha256 over configuration, tokenizer, and the weights' headers and first and last megabyte.
+    """sha256 over configuration, tokenizer, and the weights' headers and the beginning of every tensor.
 
-    Reading 140 GB to the last byte would take longer than many a stage; two bases that share all of this differ
-    in nothing that training changes.
+    Reading 140 GB to the last byte would take longer than many a stage; training, and merging an adapter, change numbers
+    all over a tensor.
     """
     sha = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.suffix == ".safetensors":
-            _add_ends(sha, path)
+            _add_beginnings(sha, path)
         elif path.name in ("config.json", "tokenizer.json", "generation_config.json"):
             sha.update(path.read_bytes())
     return sha.hexdigest()
 
 
-def _add_ends(sha: hashlib._Hash, path: Path, size: int = 1 << 20) -> None:
+def _add_beginnings(sha: hashlib._Hash, path: Path, size: int = 1 << 14) -> None:
     with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-        sha.update(file.read(header + size))
-        file.seek(max(path.stat().st_size - size, 0))
-        sha.update(file.read())
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+        sha.update(header)
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        for begin, end in sorted(tensor["data_offsets"] for tensor in tensors.values()):
+            file.seek(8 + length + begin)
+            sha.update(file.read(min(size, end - begin)))
 
 
 def embedding_rows(folder: str, ids: torch.Tensor) -> torch.Tensor:

@@ -17,11 +17,11 @@ from crosslora.adapter import Adapter, read_adapter
 from crosslora.adapter_places import keep_source
 from crosslora.config import AdapterSource, Config
 from crosslora.errors import UserError
-from crosslora.evaluation.evaluate import ROOM, evaluate, longest_conversation
+from crosslora.evaluation.evaluate import evaluate, refuse_what_is_too_long
 from crosslora.evaluation.tasks import read_items
 from crosslora.export import export
 from crosslora.identity import base_identity, prompt_identity, source_identity, task_identity
-from crosslora.models import context_length, embedding_place, resolve
+from crosslora.models import embedding_place, resolve
 from crosslora.plan import make_plan
 from crosslora.progress import say
 from crosslora.run_folder import STAGES, RunFolder, Stage, digest
@@ -155,14 +155,8 @@ def check_inputs(config: Config) -> None:
     lora_options([adapter.path for adapter in config.adapters])  # evaluation serves them with vLLM
     pair = TokenizerPair.load(config.source, config.target)
     for base, chat in ((config.source, pair.teacher), (config.target, pair.student)):
-        folder = resolve(base)
-        embedding_place(folder)
-        needed, context = longest_conversation(tasks, chat) + ROOM, context_length(folder, unknown=1 << 30)
-        if needed > context:
-            raise UserError(
-                f"evaluation.tasks: a prompt with its answer takes up to {needed} tokens, {base.name} has room for "
-                f"{context}; leave out the longest, or lower the task's max_tokens"
-            )
+        embedding_place(resolve(base))
+        refuse_what_is_too_long(tasks, base, chat, "evaluation.tasks")
 
 
 def _check_former(config: Config, source: AdapterSource, folder: RunFolder, redo: str | None) -> None:
@@ -259,7 +253,8 @@ def _fit_inputs(config: Config, adapter: Adapter, filtered: Stage) -> dict[str, 
 
 
 def _export_inputs(config: Config, adapter: Adapter, fitted: Stage) -> dict[str, Any]:
-    return {"fit": fitted.manifest(), "base": config.target.base}
+    target = config.target  # as the adapter and its card name it
+    return {"fit": fitted.manifest(), "base": target.base, "revision": target.revision}
 
 
 def _evaluation_inputs(config: Config, adapter: Adapter, exported: Stage) -> dict[str, Any]:

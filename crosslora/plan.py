@@ -19,7 +19,7 @@ from crosslora.projection.mapping import check_shape, layer_map
 from crosslora.sizing import BYTES, CONTEXT_BYTES, Shape, engine_memory, fit_memory
 from crosslora.text.pair import TokenizerPair
 from crosslora.topology import READS, SPACES, WRITES, Linear, Topology, discover
-from crosslora.vllm_settings import LORA_RANKS, cpu_cache
+from crosslora.vllm_settings import LORA_RANKS, cpu_cache, refuse_cpu_with_gpu_build
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ def make_plan(config: Config, gpu: str | None = None, gpus: int | None = None) -
         + _unused_gpus(config),
     )
     if gpu is None:
+        if not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+            refuse_cpu_with_gpu_build(config.cluster.gpus_per_engine, "cluster.gpus_per_engine: 1")
         _check_memory(plan, config)
     return plan
 
@@ -127,7 +129,7 @@ def _unused_gpus(config: Config) -> list[str]:
     if not torch.cuda.is_available() or config.cluster.gpus_per_engine or config.cluster.gpus_per_worker:
         return []
     return [
-        "cluster: there are GPUs here, and cluster.gpus_per_engine and cluster.gpus_per_worker are 0: all runs on the CPU"
+        "cluster: there are GPUs here, and cluster.gpus_per_engine and cluster.gpus_per_worker are 0: the fit runs on the CPU"
     ]
 
 
@@ -229,7 +231,7 @@ def _corpus_megabytes(config: Config) -> float:
 
 
 def _memory(config: Config, source: Shape, target: Shape, adapters: list[AdapterPlan]) -> dict[str, float]:
-    """Per engine and per fit worker, in GB: what sizing.py counts, and the process itself."""
+    """Per engine, or each of its GPUs, and per fit worker, in GB: what sizing.py counts, and the process itself."""
     fit, synthesis = config.fit, config.synthesis
     teacher = engine_memory(
         source,
@@ -251,13 +253,15 @@ def _memory(config: Config, source: Shape, target: Shape, adapters: list[Adapter
         checkpointing=fit.gradient_checkpointing,
         on_gpu=config.cluster.gpus_per_worker > 0,
     )
-    served = max(source.parameters, target.parameters) * BYTES[config.evaluation.dtype]
+    gpus = synthesis.tensor_parallel * synthesis.pipeline_parallel
+    served = max(source.parameters, target.parameters) * BYTES[config.evaluation.dtype] / gpus
     if not config.cluster.gpus_per_engine:
         teacher = replace(teacher, kv_cache=cpu_cache())
+    per = "GPU" if config.cluster.gpus_per_engine else "engine"
     return {
-        "synthesize, per engine": round(teacher.total / 1e9, 2),
+        f"synthesize, per {per}": round(teacher.total / 1e9, 2),
         "fit, per worker": round((student.total + CONTEXT_BYTES) / 1e9, 2),
-        "evaluate": round((served + cpu_cache() + CONTEXT_BYTES) / 1e9, 2),
+        f"evaluate, per {per}": round((served + cpu_cache() + CONTEXT_BYTES) / 1e9, 2),
     }
 
 
@@ -270,7 +274,7 @@ def _check_memory(plan: Plan, config: Config) -> None:
     wanted = max(
         plan.memory_gigabytes["synthesize, per engine"] * config.synthesis.engines,
         plan.memory_gigabytes["fit, per worker"] * config.fit.workers,
-        plan.memory_gigabytes["evaluate"],
+        plan.memory_gigabytes["evaluate, per engine"],
     )
     if available is not None and wanted > available:
         raise UserError(

@@ -22,7 +22,7 @@ from starlette.types import Message
 
 from crosslora.adapter_watch import Files
 from crosslora.gate import Gate
-from crosslora.models import resolve
+from crosslora.models import load_format, resolve
 from crosslora.relay import Call, Relay, answer
 
 MAX_SEQUENCES = 256
@@ -31,9 +31,13 @@ LIMITS: dict[str, Any] = {
     "max_ongoing_requests": 4 * MAX_SEQUENCES,
     "max_constructor_retry_count": 1,
     "graceful_shutdown_wait_loop_s": 0.1,
-    "graceful_shutdown_timeout_s": 5,
+    "health_check_period_s": 2,
 }
 """Of every deployment that is an engine."""
+KEPT = 2
+"""Last versions of an adapter that stay on disk: vLLM may read the one before again, for requests that run."""
+KEPT_REMOVED = 8
+"""The same for adapters that were taken away."""
 PROBE = "The quick brown fox jumps over the lazy dog."
 
 
@@ -52,6 +56,8 @@ class Engine:
         self._refused: dict[str, str] = {}
         self._folders: dict[str, list[str]] = {}
         """Where the last versions of each adapter lie."""
+        self._removed: list[str] = []
+        """Where those lie that were taken away last."""
         self._resources = AsyncExitStack()
         self._folder = Path(self._resources.enter_context(tempfile.TemporaryDirectory()))
         if lifeline is not None:
@@ -66,11 +72,18 @@ class Engine:
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+        from crosslora.export import exported_tokenizer
+
         args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
         vars(args).update(self._options)
         args.model = resolve(self._options["model"])  # on this node
         if tokenizer := await self._shelf.tokenizer.remote():
             args.tokenizer = self._write("tokenizer", tokenizer)
+        elif args.chat_template:  # so that a chat ends where the template ends an answer
+            exported_tokenizer(load_format(args.model, self._options["model"])).save_pretrained(
+                self._folder / "tokenizer"
+            )
+            args.tokenizer = str(self._folder / "tokenizer")
         self._engine: Any = await self._resources.enter_async_context(build_async_engine_client(args))
         await self._engine.collective_rpc("end_with", args=(socket.gethostname(), os.getpid()))
         tasks = await self._engine.get_supported_tasks()
@@ -110,6 +123,8 @@ class Engine:
         for name in self._served.keys() - wanted.keys():
             self._drop(name)
             del self._served[name]
+            self._removed += self._folders.pop(name, [])
+        _keep_last(self._removed, KEPT_REMOVED)
         for name, state in wanted.items():
             if self._served.get(name) != state and (files := await self._shelf.files.remote(name)):
                 await self._take(name, files)
@@ -134,9 +149,7 @@ class Engine:
         number = self._models.lora_id_counter.inc(1)
         folders = self._folders.setdefault(name, [])
         folders.append(self._write(f"{name}-{number}", files))
-        for folder in folders[:-2]:  # vLLM may read the one before again, for requests that run
-            shutil.rmtree(folder)
-        del folders[:-2]
+        _keep_last(folders, KEPT)
         request = LoRARequest(name, number, folders[-1])
         try:
             await self._engine.add_lora(request)
@@ -197,6 +210,12 @@ class FrontEngine(Engine):
         if self._beside is None:
             return Gate(self._app)
         return Gate(Relay(self._app, self.has, self._beside))
+
+
+def _keep_last(folders: list[str], number: int) -> None:
+    for folder in folders[:-number]:
+        shutil.rmtree(folder)
+    del folders[:-number]
 
 
 def _page() -> str:

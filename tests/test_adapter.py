@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from crosslora import adapter, adapter_config
 from crosslora.adapter import LoraFactors, check_written, read_adapter, write_adapter
 from crosslora.adapter_config import read_settings
-from crosslora.adapter_header import read_header
+from crosslora.adapter_header import factor_keys, read_header
 from crosslora.errors import UserError
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -498,3 +498,10 @@ def test_what_reads_back_differently_is_refused(
 def test_factors_must_fit_each_other() -> None:
     with pytest.raises(ValueError, match="d_in"):
         LoraFactors(torch.ones(2, 3), torch.ones(4, 3))
+
+
+def test_names_of_older_transformers_are_those_of_now() -> None:
+    former = "base_model.model.language_model.model.layers.0.mlp.up_proj.lora_{}.weight"
+    assert list(factor_keys(Path("x"), [former.format(side) for side in "AB"])) == [
+        "model.language_model.layers.0.mlp.up_proj"
+    ]

@@ -47,7 +47,7 @@ def test_image_has_the_ray_and_python_of_the_project(cluster: dict[str, Any]) ->
 def test_gpu_workers_get_the_checkout(cluster: dict[str, Any]) -> None:
     assert cluster["head_node_type"] in cluster["available_node_types"]
     assert (ROOT / cluster["file_mounts"]["/home/ray/crosslora"] / "pyproject.toml").is_file()
-    assert "/home/ray/crosslora[gpu]" in cluster["setup_commands"][0]
+    assert "/home/ray/crosslora[gpu,harness]" in cluster["setup_commands"][0]
 
 
 def test_spot_workers_have_a_fallback(cluster: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ def test_an_engine_on_cpu_has_the_cache_that_it_is_given(
     for gib in ("1", "3"):
         monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", gib)
         memory = make_plan(config).memory_gigabytes
-        taken.append([memory["synthesize, per engine"], memory["evaluate"]])
+        taken.append([memory["synthesize, per engine"], memory["evaluate, per engine"]])
     assert [b - a for a, b in zip(*taken, strict=True)] == pytest.approx([2 * 2**30 / 1e9] * 2, abs=0.011)
 
 

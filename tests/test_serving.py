@@ -238,7 +238,7 @@ def test_the_harness_gives_the_likelihoods_of_peft(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     write_benchmarks(tmp_path)
     benchmarks = find_benchmarks(["mmlu", "gsm8k"], tmp_path, None)
-    samples = ask_harness(server.url, "one", str(folders.base), benchmarks)
+    samples = ask_harness(server.url, "one", str(folders.base), frozenset(), benchmarks)
     scores = {name: headline(samples, benchmark) for name, benchmark in benchmarks.of_harness.items()}
     assert [(metric, len(values)) for metric, values in scores.values()] == [("acc", 6), ("exact_match", 2)]
     task = benchmarks.of_harness["mmlu"].definition

@@ -26,7 +26,12 @@ Answer = tuple[float, bool]
 
 
 class ChoicesAtOnce(LocalCompletionsAPI):
-    """What is not among the likeliest tokens after its context is asked for as the harness does."""
+    """What is not among the likeliest tokens after its context is asked for as the harness does. Written answers also end
+    at `stop_ids`."""
+
+    def __init__(self, stop_ids: frozenset[int], **settings: Any) -> None:
+        super().__init__(**settings)
+        self.stop_ids = sorted(stop_ids)
 
     def _loglikelihood_tokens(self, requests: list[Request], **kwargs: Any) -> list[Answer]:
         askers = Counter(tuple(context) for _, context, choice in requests if len(choice) == 1)
@@ -45,10 +50,11 @@ class ChoicesAtOnce(LocalCompletionsAPI):
             answers |= zip(left, found, strict=True)
         return [answers[row] for row in range(len(requests))]
 
-    def _create_payload(self, *arguments: Any, **settings: Any) -> dict[str, Any]:
-        """Without what tasks say to other kinds of model, and endpoints refuse; and without a base's own penalty."""
-        payload = super()._create_payload(*arguments, **settings)
-        return {name: value for name, value in payload.items() if name in Completion.model_fields} | GREEDY
+    def _create_payload(self, messages: Any, generate: bool = False, **settings: Any) -> dict[str, Any]:
+        """Without what tasks say to other kinds of model, and endpoints refuse; and without a base's own penalties."""
+        payload = super()._create_payload(messages, generate, **settings)
+        known = {name: value for name, value in payload.items() if name in Completion.model_fields}
+        return known | GREEDY | ({"stop_token_ids": self.stop_ids} if generate else {})
 
     def _address(self) -> str:
         return str(self.base_url).removesuffix("/completions")

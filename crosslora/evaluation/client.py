@@ -17,8 +17,8 @@ from crosslora.progress import Meter, progress
 from crosslora.text.templates import ChatFormat
 
 T = TypeVar("T")
-GREEDY = {"repetition_penalty": 1.0}
-"""A request without it gets the penalty of the base's generation_config.json, also at temperature 0."""
+GREEDY = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""A request without them gets the penalties of the base's generation_config.json, also at temperature 0."""
 
 
 def ask(

@@ -11,6 +11,7 @@ import numpy as np
 
 from crosslora.adapter import Adapter, write_adapter
 from crosslora.config import HELD_OUT, Base, Config, Task
+from crosslora.errors import UserError
 from crosslora.evaluation.baselines import baseline
 from crosslora.evaluation.client import ask
 from crosslora.evaluation.likelihood import PASSAGE_TOKENS, reference_nats, text_nats
@@ -79,7 +80,8 @@ def _plain(answers: Answers) -> dict[str, dict[str, list[dict[str, Any]]]]:
 def _tasks(config: Config, folder: RunFolder, corpus: tuple[str, str]) -> list[tuple[Task, list[Item]]]:
     """The user's tasks, and the held-out prompts, whose references the teacher is still to give."""
     tasks = [(task, read_items(task)) for task in config.evaluation.tasks]
-    prompts = [Item(sample.prompt, "") for sample in read_corpus(folder, *corpus)[1]]
+    held_out = dict.fromkeys(sample.prompt for sample in read_corpus(folder, *corpus)[1])
+    prompts = [Item(prompt, "") for prompt in held_out]
     if config.evaluation.held_out_items and prompts:
         task = Task(
             name=HELD_OUT,
@@ -95,7 +97,7 @@ def _with_teacher_references(
     config: Config, chat: ChatFormat, tasks: list[tuple[Task, list[Item]]], answers: Answers
 ) -> list[tuple[Task, list[Item]]]:
     """Held-out prompts have no label: agreement with the teacher's own greedy answer is what is scored."""
-    context = context_length(resolve(config.target), unknown=1 << 30)
+    context = _context(config.target)
 
     def referenced(task: Task, items: list[Item]) -> tuple[Task, list[Item]]:
         if task.name != HELD_OUT:
@@ -185,6 +187,22 @@ def longest_conversation(tasks: list[tuple[Task, list[Item]]], chat: ChatFormat)
         for item in items
     )
     return max(lengths, default=1)
+
+
+def refuse_what_is_too_long(
+    tasks: list[tuple[Task, list[Item]]], base: Base, chat: ChatFormat, field: str
+) -> None:
+    """Raises UserError where a conversation does not fit into the context of the base."""
+    needed, context = longest_conversation(tasks, chat) + ROOM, _context(base)
+    if needed > context:
+        raise UserError(
+            f"{field}: a prompt with its answer takes up to {needed} tokens, {base.name} has room for {context}; leave "
+            "out the longest, or lower the task's max_tokens"
+        )
+
+
+def _context(base: Base) -> int:
+    return context_length(resolve(base, weights=False), unknown=1 << 30)
 
 
 def model_of(

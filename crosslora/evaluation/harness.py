@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -21,8 +22,15 @@ from crosslora.adapter_places import OF_TEACHER, kept_source
 from crosslora.config import AdapterSource, Base, Config, Task
 from crosslora.errors import UserError
 from crosslora.evaluation.client import ask, served_models
-from crosslora.evaluation.evaluate import ROOM, adapter_folders, longest_conversation, model_of, resources_of
-from crosslora.evaluation.harness_tasks import local_tasks, spread
+from crosslora.evaluation.evaluate import (
+    ROOM,
+    adapter_folders,
+    longest_conversation,
+    model_of,
+    refuse_what_is_too_long,
+    resources_of,
+)
+from crosslora.evaluation.harness_tasks import DEFINED, local_tasks, spread
 from crosslora.evaluation.metrics import bootstrap_interval, paired_difference, recovered_gain
 from crosslora.evaluation.results import SOURCE_BASE, STUDENT, TARGET_BASE, TEACHER
 from crosslora.evaluation.tasks import answer_tokens, read_items, score
@@ -110,11 +118,18 @@ def _of_harness(names: Sequence[str], task_data: Path | None, items: int | None)
             raise UserError(f"--tasks {name}: the harness has no such task; `lm-eval ls tasks` lists them")
     try:  # fetches the data: what cannot be had is said before an engine starts
         loaded = {name: manager.load([name])["tasks"] for name in names}
+    except ImportError as error:
+        raise UserError(f"--tasks {','.join(names)}: {error}; install that package") from error
     except Exception as error:  # the hub client raises a different class for every cause
         raise UserError(
-            f"--tasks {','.join(names)}: the data could not be fetched from the hub ({type(error).__name__}); check "
-            "the network, or give --task-data"
+            f"--tasks {','.join(names)}: the data could not be fetched from the hub ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); check the network, or, for {' and '.join(DEFINED)}, give --task-data"
         ) from error
+    counted = Counter(task for tasks in loaded.values() for task in tasks)
+    if shared := sorted(task for task, count in counted.items() if count > 1):
+        raise UserError(
+            f"--tasks {','.join(names)}: several of these hold {shared[0]}; leave one of them out"
+        )
     asked = [
         task.get_config("generation_kwargs") or {} for tasks in loaded.values() for task in tasks.values()
     ]
@@ -171,11 +186,15 @@ def evaluate_run(
     fewer = find_benchmarks(names, task_data, min(items or most, most))
     by_model = {STUDENT: benchmarks, TARGET_BASE: benchmarks, TEACHER: benchmarks}
     by_model |= dict.fromkeys(config.evaluation.baselines, fewer)
+    pair = TokenizerPair.load(config.source, config.target)
+    own = [(task, read_items(task)) for task in benchmarks.own]
+    refuse_what_is_too_long(own, config.source, pair.teacher, "--tasks")
+    refuse_what_is_too_long(own, config.target, pair.student, "--tasks")
     results = {}
     for source in config.adapters:
-        pair = TokenizerPair.load(config.source, config.target)
         if url is None:
-            with cluster.session(config.cluster):
+            # the run may have been made on a cluster that is gone; RAY_ADDRESS names the one to join
+            with cluster.session(config.cluster.model_copy(update={"address": None})):
                 scores = _serve_and_ask(config, source, folder, pair, by_model)
         else:
             scores = _ask_served(config, source, pair, by_model, url.rstrip("/"))
@@ -201,6 +220,13 @@ def _ask_served(
         raise UserError(
             f"--url {url}: does not serve {' and '.join(missing)} (but {', '.join(served) or 'nothing'}); start it with "
             f"`crosslora serve RUN --teacher`"
+        )
+    own = [(task, read_items(task)) for task in by_model[STUDENT].own]
+    needed = max(longest_conversation(own, chat) for chat in (pair.teacher, pair.student))
+    if needed > min(served.values()):  # vLLM would cut the answers without a word
+        raise UserError(
+            f"--url {url}: a prompt with its answer takes up to {needed} tokens, it has room for "
+            f"{min(served.values())}; start it with a larger --max-model-len"
         )
     sides = {TEACHER: (config.source, pair.teacher)}
     return {
@@ -251,7 +277,7 @@ def _ask_all(
     url: str, model: str, benchmarks: Benchmarks, base: Base, chat: ChatFormat, config: Config
 ) -> Scores:
     """All tasks, to one model on `base`."""
-    samples = ask_harness(url, model, resolve(base, weights=False), benchmarks)
+    samples = ask_harness(url, model, resolve(base, weights=False), chat.stop_ids, benchmarks)
     concurrency = config.evaluation.concurrency
     return {
         **{name: headline(samples, benchmark) for name, benchmark in benchmarks.of_harness.items()},
@@ -265,7 +291,9 @@ def _ask(url: str, model: str, task: Task, chat: ChatFormat, concurrency: int) -
     return task.metrics[0], score(task.metrics[0], answers, items)
 
 
-def ask_harness(url: str, model: str, tokenizer_folder: str, benchmarks: Benchmarks) -> Samples:
+def ask_harness(
+    url: str, model: str, tokenizer_folder: str, stop_ids: frozenset[int], benchmarks: Benchmarks
+) -> Samples:
     """Put the harness's benchmarks to one model of an OpenAI-compatible endpoint; OPENAI_API_KEY is its key, if it wants
     one. Raises UserError where the endpoint refuses a request."""
     if not benchmarks.of_harness:
@@ -279,6 +307,7 @@ def ask_harness(url: str, model: str, tokenizer_folder: str, benchmarks: Benchma
     say(f"  {model}")
     tokenizer = load_tokenizer(tokenizer_folder)
     client = ChoicesAtOnce(
+        stop_ids,
         model=model,
         base_url=f"{url}/completions",
         tokenizer=tokenizer_folder,
@@ -286,6 +315,7 @@ def ask_harness(url: str, model: str, tokenizer_folder: str, benchmarks: Benchma
         # by the tokenizer's own rule; left to itself, the harness never adds one
         add_bos_token=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id,
         num_concurrent=64,
+        max_retries=6,  # half a minute: a dead engine is replaced meanwhile
         max_length=min(benchmarks.longest, *(served_models(url).values())),
         timeout=3600,
     )

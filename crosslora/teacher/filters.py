@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,12 +29,25 @@ def verdicts(samples: Sequence[Sample], settings: Synthesis) -> list[dict[str, A
         {"sample_id": s.sample_id, "verdict": _verdict(s, settings, duplicates), "held_out": False}
         for s in samples
     ]
-    kept = [row for row in rows if row["verdict"] == KEPT]
-    if kept:
-        chooser = np.random.default_rng(settings.random_seed)
-        for index in chooser.permutation(len(kept))[: max(round(len(kept) * settings.held_out), 1)]:
-            kept[index]["held_out"] = True
+    by_prompt = defaultdict(list)
+    for sample, row in zip(samples, rows, strict=True):
+        if row["verdict"] == KEPT:
+            by_prompt[sample.prompt].append(row)
+    _hold_out(list(by_prompt.values()), settings)
     return rows
+
+
+def _hold_out(groups: list[list[dict[str, Any]]], settings: Synthesis) -> None:
+    """All samples of some prompts: another answer to a prompt that is trained on tells little."""
+    if len(groups) == 1:
+        groups = [[row] for row in groups[0]]
+    left = max(round(sum(map(len, groups)) * settings.held_out), 1)
+    for index in np.random.default_rng(settings.random_seed).permutation(len(groups)):
+        if left <= 0:
+            return
+        for row in groups[index]:
+            row["held_out"] = True
+        left -= len(groups[index])
 
 
 def count_by_verdict(rows: Sequence[dict[str, Any]]) -> dict[str, int]:

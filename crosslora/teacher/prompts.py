@@ -42,10 +42,10 @@ class SelfPrompts:
     name = "self"
 
     def __init__(self, engine: Engine, words: Vocabulary, chat: ChatFormat, settings: Synthesis) -> None:
-        if not chat.pre_query_ids:
+        if not (chat.pre_query_ids and chat.user_end):
             raise UserError(
-                "synthesis.prompts.self: the chat template writes nothing before the user's text, so the teacher has "
-                "nothing to go on from; give prompts_file or seeds_file and its weight, and set self to 0"
+                "synthesis.prompts.self: the chat template writes nothing before or after the user's text, so the teacher "
+                "cannot tell where one begins and ends; give prompts_file or seeds_file and its weight, and set self to 0"
             )
         self._engine, self._words, self._chat = engine, words, chat
         self._sampling = _prompt_sampling(chat, settings)

@@ -188,7 +188,8 @@ class _Foreman:
         board: Any,
     ) -> None:
         self.settings, self.stage, self.pending, self.board = config.synthesis, stage, pending, board
-        seed = self.settings.random_seed * 1_000_003 + pending[0]  # a resumed run must not repeat what it has
+        done = -(-self.settings.samples // self.settings.shard_size) - len(pending)
+        seed = self.settings.random_seed * 1_000_003 + done  # a resumed run must not repeat what it has
         self.bundles = cluster.engine_bundles(
             config.gpus_per_engine_and_node, self.settings.pipeline_parallel, num_engines
         )

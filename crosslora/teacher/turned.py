@@ -218,7 +218,9 @@ def turns(generations: Sequence[Generation], words: Vocabulary, chat: ChatFormat
     found = []
     for generation in generations:
         ids = generation.ids.tolist()
-        text, ended, _ = (words.text(ids[:-1] if generation.finished else ids) or "").partition(chat.user_end)
+        text, ended = words.text(ids[:-1] if generation.finished else ids) or "", ""
+        if chat.user_end:
+            text, ended, _ = text.partition(chat.user_end)
         if text.strip() and (ended or generation.finished):
             found.append(text.strip())
     return found

@@ -58,10 +58,13 @@ def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) ->
 
 @contextmanager
 def _own_interrupts() -> Iterator[None]:
-    """Ray Train takes Ctrl-C for itself and keeps it after the fit, where it would do nothing; take it back."""
+    """Ray Train takes Ctrl-C for itself, ends the process, and keeps it after the fit, where it would do nothing; take it
+    back."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)

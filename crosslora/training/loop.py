@@ -245,7 +245,12 @@ class Loop:
             losses.append(losses_of(hidden, batch.rows, self.engine.module.logits, self.vocabulary))
             strict.append(batch.rows.strict)
         losses_N, strict_N = torch.cat(losses), torch.cat(strict)
-        return float(losses_N.mean()), float(losses_N[strict_N].mean())
+        means = torch.stack([losses_N.mean(), losses_N[strict_N].mean()])
+        deepspeed.comm.broadcast(
+            means, src=0
+        )  # on unlike machines they differ by rounding, what follows must not
+        loss, kl = means.tolist()
+        return loss, kl
 
     def _checkpoint(self) -> None:
         """Every rank gathers and reports; rank 0 writes."""

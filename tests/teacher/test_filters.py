@@ -73,3 +73,25 @@ def test_held_out_samples_are_kept_ones_and_chosen_by_the_random_seed() -> None:
     assert all(row["verdict"] == "kept" for row in held_out)
     assert len(held_out) == max(round(kept * SETTINGS.held_out), 1)
     assert rows == verdicts(samples, SETTINGS)
+
+
+def test_all_answers_to_a_held_out_prompt_are_held_out() -> None:
+    answers = ("It is far away.", "Nobody knows; ask again tomorrow.", "By a river in the north.")
+    samples = [
+        sample(f"{w}{i}", strategy="file", prompt=f"Where is the {w}?", response=answer)
+        for w in WORDS
+        for i, answer in enumerate(answers)
+    ]
+    rows = verdicts(samples, SETTINGS)
+    held_out = {s.prompt for s, row in zip(samples, rows, strict=True) if row["held_out"]}
+    trained = {s.prompt for s, row in zip(samples, rows, strict=True) if not row["held_out"]}
+    assert held_out and trained and not held_out & trained
+
+
+def test_of_a_single_prompt_some_answers_are_held_out() -> None:
+    answers = ("It is far away.", "Nobody knows; ask again tomorrow.")
+    rows = verdicts(
+        [sample(str(i), strategy="file", prompt="Where is it?", response=a) for i, a in enumerate(answers)],
+        SETTINGS,
+    )
+    assert sorted(row["held_out"] for row in rows) == [False, True]

@@ -83,7 +83,7 @@ def test_seeds_with_blank_lines_stay_whole() -> None:
 
 def test_a_template_without_a_beginning_gives_the_teacher_nothing_to_go_on_from() -> None:
     chat = ChatFormat(byte_level_tokenizer(), "{% for m in messages %}{{ m['content'] + '\\n' }}{% endfor %}")
-    with pytest.raises(UserError, match="nothing before the user's text"):
+    with pytest.raises(UserError, match="nothing before or after the user's text"):
         build_strategies(None, Vocabulary(chat.tokenizer), chat, Synthesis())  # type: ignore[arg-type]
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from crosslora.config import Synthesis
+from crosslora.errors import UserError
 from crosslora.teacher.engine import Generation, Sampling
 from crosslora.teacher.prompts import TURNED, SeedPrompts, SelfPrompts, UnlessAnswers
-from crosslora.teacher.turned import ENDS, ROUNDS, TurnedAnswers
+from crosslora.teacher.turned import ENDS, ROUNDS, TurnedAnswers, turns
 from crosslora.text.templates import ChatFormat
 from crosslora.text.vocabulary import Vocabulary
 from tests.tiny import byte_level_tokenizer
@@ -242,3 +243,14 @@ def test_examples_make_room_for_a_long_answer() -> None:
     settings = Synthesis(max_prompt_tokens=100, max_response_tokens=400)
     assert TurnedAnswers(engine, WORDS, CHAT, settings).prompts(1) == ["a request"]
     assert all(len(WORDS.encode(text)) <= 500 for text in shown)
+
+
+def test_a_template_that_marks_no_end_of_a_user_turn_has_no_prompts_of_its_own() -> None:
+    chat = ChatFormat(byte_level_tokenizer(), "<s>{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    assert chat.pre_query_ids and not chat.user_end
+    engine = ByHand(["x"], echo, echo)
+    with pytest.raises(UserError, match="before or after the user's text"):
+        SelfPrompts(engine, WORDS, chat, Synthesis())
+    said = Generation(np.array(WORDS.encode("go on")), False, *3 * [np.zeros(0)])
+    ended = Generation(np.array([*WORDS.encode("hello"), chat.eos_id]), True, *3 * [np.zeros(0)])
+    assert turns([said, ended], WORDS, chat) == ["hello"]
