@@ -272,7 +272,8 @@ def test_choices_asked_for_at_once_are_as_likely_as_one_by_one(
     """One of the choices is not among the likeliest, another is more than one token."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     endpoint: Any = {"model": "one", "base_url": f"{server.url}/completions", "tokenizer": str(folders.base)}
-    clients = [kind(**endpoint, num_concurrent=4) for kind in (ChoicesAtOnce, LocalCompletionsAPI)]
+    endpoint["num_concurrent"] = 4
+    clients = [ChoicesAtOnce(frozenset({3}), **endpoint), LocalCompletionsAPI(**endpoint)]
     context = load_tokenizer(folders.base)("Which of these is a fruit?\nAnswer:")["input_ids"]
     reply = server.client.completions.create(
         model="one",
@@ -289,6 +290,8 @@ def test_choices_asked_for_at_once_are_as_likely_as_one_by_one(
     at_once, one_by_one = (client._loglikelihood_tokens(requests) for client in clients)
     assert [greedy for _, greedy in at_once] == [greedy for _, greedy in one_by_one]
     assert [value for value, _ in at_once] == pytest.approx([value for value, _ in one_by_one], abs=1e-3)
+    payload = clients[0]._create_payload([context], generate=True, gen_kwargs={"max_gen_toks": 8})
+    assert payload["stop_token_ids"] == [3], "a written answer ends where an answer of the template does"
 
 
 @pytest.mark.real
