@@ -104,7 +104,7 @@ class Plans:
     def plan(self, source: str, target: str, kind: str, gpus: int | None) -> GpuPlan:
         shapes = self.shapes[source], self.shapes[target]
         learned = learned_numbers(*shapes)
-        plan = gpu_plan(CONFIG, *shapes, rank=RANK, learned=learned, gpu=kind, gpus=gpus)
+        plan = gpu_plan(CONFIG, *shapes, ranks=(RANK, RANK), learned=learned, gpu=kind, gpus=gpus)
         self.made[f"{source} to {target} on {plan.gpus} x {kind}"] = {**asdict(plan), "learned": learned}
         return plan
 

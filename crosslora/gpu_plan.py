@@ -27,7 +27,7 @@ from crosslora.sizing import (
     fit_memory,
 )
 from crosslora.teacher.prompts import read_prompts
-from crosslora.vllm_settings import slots
+from crosslora.vllm_settings import allowed_rank, slots
 
 BYTES_PER_TOKEN = 4
 """Of most text, about."""
@@ -77,7 +77,8 @@ class _Case:
     config: Config
     source: Shape
     target: Shape
-    rank: int
+    ranks: tuple[int, int]
+    """The largest of the adapter, on the source and on the target."""
     learned: int
     gpu: str
     questions: list[tuple[int, int, int]]
@@ -127,14 +128,21 @@ class _FitSettings(NamedTuple):
 
 
 def gpu_plan(
-    config: Config, source: Shape, target: Shape, *, rank: int, learned: int, gpu: str, gpus: int | None
+    config: Config,
+    source: Shape,
+    target: Shape,
+    *,
+    ranks: tuple[int, int],
+    learned: int,
+    gpu: str,
+    gpus: int | None,
 ) -> GpuPlan:
     """The plan on `gpus` GPUs of the kind `gpu`, or on as few as will do; raises UserError for a kind not in GPUS, and
     for a task that cannot be read."""
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: not known here; one of {', '.join(GPUS)}")
     lengths = _questions(config), longest_text(config), fit_length(config)
-    case = _Case(decided(config, on_gpus=True), source, target, rank, learned, gpu, *lengths)
+    case = _Case(decided(config, on_gpus=True), source, target, ranks, learned, gpu, *lengths)
     counts = [2**n for n in range(11)]
     smallest = next((count for count in counts if all(_stages(case, count).values())), None)
     chosen = gpus or smallest or counts[-1]
@@ -234,22 +242,23 @@ def _engines(case: _Case, parallel: _Parallel) -> dict[str, EngineMemory]:
     """One GPU of every engine. Evaluation serves both bases on as many GPUs as an engine of synthesis has, the source
     with the teacher's adapter and the target with the student and the baselines."""
     synthesis, evaluation = case.config.synthesis, case.config.evaluation
+    on_source, on_target = map(allowed_rank, case.ranks)
     engines = {
-        "synthesize": (case.source, synthesis.dtype, 1),
-        "source": (case.source, evaluation.dtype, slots(1)),
-        "target": (case.target, evaluation.dtype, slots(len(evaluation.baselines) + 1)),
+        "synthesize": (case.source, on_source, synthesis.dtype, 1),
+        "source": (case.source, on_source, evaluation.dtype, slots(1)),
+        "target": (case.target, on_target, evaluation.dtype, slots(len(evaluation.baselines) + 1)),
     }
     return {
         name: engine_memory(
             shape,
-            rank=case.rank,
+            rank=rank,
             slots=adapters,
             dtype=dtype,
             tensor_parallel=parallel.tensor,
             nodes=parallel.nodes,
             length=case.longest,
         )
-        for name, (shape, dtype, adapters) in engines.items()
+        for name, (shape, rank, dtype, adapters) in engines.items()
     }
 
 

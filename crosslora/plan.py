@@ -36,6 +36,8 @@ class SpacePlan:
 class AdapterPlan:
     name: str
     rank: int
+    target_rank: int
+    """Of the target's linears the largest: one that is fused takes the ranks of all that feed it."""
     modules: int
     roles: list[str]
     """What the adapter changes inside a layer."""
@@ -109,9 +111,9 @@ def make_plan(config: Config, gpu: str | None = None, gpus: int | None = None) -
 def _on_gpus(
     config: Config, source: Shape, target: Shape, adapters: list[AdapterPlan], gpu: str, gpus: int | None
 ) -> GpuPlan:
-    rank = max(adapter.rank for adapter in adapters)
+    ranks = max(adapter.rank for adapter in adapters), max(adapter.target_rank for adapter in adapters)
     learned = max(adapter.learned_numbers for adapter in adapters)
-    return gpu_plan(config, source, target, rank=rank, learned=learned, gpu=gpu, gpus=gpus)
+    return gpu_plan(config, source, target, ranks=ranks, learned=learned, gpu=gpu, gpus=gpus)
 
 
 def _other_name(adapter: AdapterSource, config: Config) -> str | None:
@@ -157,12 +159,13 @@ def _adapter_plan(adapter: AdapterSource, source: Topology, target: Topology, co
     mapped = _mapped(adapter, header, modules, source, target)
     spaces = _spaces(header, source, target, roles)
     learned = sum(space.target_width * (space.input_span + space.output_span) for space in spaces.values())
+    rank = max(shape.rank for shape in header.modules.values())
     if config.fit.residual:
-        rank = max(shape.rank for shape in header.modules.values())
-        learned += sum(rank * (linear.d_in + linear.d_out) for linear in mapped)
+        learned += sum(whole * linear.d_in + rank * linear.d_out for linear, whole in mapped)
     return AdapterPlan(
         name=adapter.name,
-        rank=max(shape.rank for shape in header.modules.values()),
+        rank=rank,
+        target_rank=max(whole for _, whole in mapped),
         modules=len(header.modules),
         roles=sorted(roles),
         target_modules=len(mapped),
@@ -178,8 +181,8 @@ def _mapped(
     modules: dict[tuple[int, str], str],
     source: Topology,
     target: Topology,
-) -> list[Linear]:
-    """The target's linears that get an update, from `modules` (layer and role -> path in the source)."""
+) -> list[tuple[Linear, int]]:
+    """The target's linears that get an update and its rank, from `modules` (layer and role -> path in the source)."""
     pi = layer_map(source.num_layers, target.num_layers)
     mapped = []
     for linear in target.linears:
@@ -192,7 +195,7 @@ def _mapped(
                 f"runs adapters up to rank {LORA_RANKS[-1]}; lower the adapter's rank"
             )
         if feeding:
-            mapped.append(linear)
+            mapped.append((linear, rank))
     if not mapped:
         raise UserError(
             f"adapters.{adapter.name}: nothing of it reaches the target; it changes "

@@ -86,7 +86,7 @@ def lora_options(adapter_paths: Iterable[Path]) -> dict[str, Any]:
     return {
         "enable_lora": True,
         "max_loras": len(headers),
-        "max_lora_rank": max(_allowed_rank(header) for header in headers),
+        "max_lora_rank": max(_rank(header) for header in headers),
         "lora_target_modules": sorted(
             {path.rpartition(".")[2] for header in headers for path in header.modules}
         ),
@@ -99,12 +99,16 @@ def slots(adapters: int) -> int:
     return max(adapters + 1, LEAST_SLOTS)
 
 
-def _allowed_rank(header: AdapterHeader) -> int:
+def _rank(header: AdapterHeader) -> int:
     rank = max(module.rank for module in header.modules.values())
-    allowed = next((limit for limit in LORA_RANKS if limit >= rank), None)
-    if allowed is None:
+    if rank > LORA_RANKS[-1]:
         raise UserError(
             f"{header.path}: rank {rank}, vLLM runs adapters up to rank {LORA_RANKS[-1]}; lower its rank, "
             "or merge it into its base"
         )
-    return allowed
+    return allowed_rank(rank)
+
+
+def allowed_rank(rank: int) -> int:
+    """The value of max_lora_rank for adapters up to this rank, of LORA_RANKS."""
+    return next(limit for limit in LORA_RANKS if limit >= rank)

@@ -100,7 +100,7 @@ def test_tensor_parallel_ranks_share_all_but_the_context_and_half_of_the_lora(la
 
 
 def test_a_large_pair_needs_several_gpus_and_says_how(large: Shape, config: Config) -> None:
-    plan = gpu_plan(config, large, large, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=None)
+    plan = gpu_plan(config, large, large, ranks=(16, 16), learned=LEARNED, gpu="H100-80GB", gpus=None)
     assert plan.smallest == 4
     assert plan.synthesize is not None and plan.fit is not None
     assert plan.synthesize.settings["synthesis.tensor_parallel"] == 4
@@ -113,7 +113,7 @@ def test_a_large_pair_needs_several_gpus_and_says_how(large: Shape, config: Conf
 def test_more_gpus_take_less_time_and_settings_stay_valid(large: Shape, config: Config) -> None:
     hours = []
     for gpus in (8, 16, 64):
-        plan = gpu_plan(config, large, large, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=gpus)
+        plan = gpu_plan(config, large, large, ranks=(16, 16), learned=LEARNED, gpu="H100-80GB", gpus=gpus)
         assert plan.fit is not None and plan.synthesize is not None
         hours.append(plan.fit.hours / plan.fit.settings["fit.batch_size"] + plan.synthesize.hours)
         settings = plan.fit.settings
@@ -133,7 +133,7 @@ def test_what_gpus_send_takes_as_long_as_their_links_are_slow(
     large: Shape, gpu: str, gpus: int, bytes_per_second: float, waits: bool
 ) -> None:
     config = bare_config(synthesis={"max_response_tokens": 896})
-    fit = gpu_plan(config, large, large, rank=16, learned=LEARNED, gpu=gpu, gpus=gpus).fit
+    fit = gpu_plan(config, large, large, ranks=(16, 16), learned=LEARNED, gpu=gpu, gpus=gpus).fit
     assert fit is not None and fit.settings["fit.zero_stage"] == 3
     sending = 1e9 * fit.gigabytes_sent / bytes_per_second / 3600
     assert fit.hours == pytest.approx(sending) if waits else fit.hours > 1.1 * sending
@@ -142,7 +142,7 @@ def test_what_gpus_send_takes_as_long_as_their_links_are_slow(
 def test_evaluation_takes_what_the_larger_base_takes(large: Shape, config: Config) -> None:
     small = Shape.of(MODELS["Llama-3.1-8B"])
     for source, target, larger in ((small, large, "target"), (large, small, "source")):
-        plan = gpu_plan(config, source, target, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=8)
+        plan = gpu_plan(config, source, target, ranks=(16, 16), learned=LEARNED, gpu="H100-80GB", gpus=8)
         assert f"evaluate, {larger}" in plan.memory
         assert plan.synthesize is not None and plan.evaluate is not None
         assert plan.synthesize.settings["synthesis.tensor_parallel"] == 4  # the larger one decides
@@ -155,7 +155,7 @@ def test_evaluation_takes_what_the_larger_base_takes(large: Shape, config: Confi
 def test_memory_is_broken_down_and_shown_in_100_columns(
     large: Shape, config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = gpu_plan(config, large, large, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=8)
+    plan = gpu_plan(config, large, large, ranks=(16, 16), learned=LEARNED, gpu="H100-80GB", gpus=8)
     for row in plan.memory.values():
         assert sum(row.values()) == pytest.approx(2 * row["total"], abs=0.01)
     assert plan.fit is not None and plan.synthesize is not None
@@ -177,7 +177,7 @@ def test_memory_is_broken_down_and_shown_in_100_columns(
 
 def test_gpus_of_an_engine_share_heads_evenly(large: Shape, config: Config) -> None:
     odd = replace(large, heads=30)
-    plan = gpu_plan(config, odd, odd, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=8)
+    plan = gpu_plan(config, odd, odd, ranks=(16, 16), learned=LEARNED, gpu="H100-80GB", gpus=8)
     assert plan.synthesize is None  # two GPUs are too few, and four cannot share 30 heads
 
 
@@ -190,7 +190,7 @@ def test_hours_of_evaluation_grow_with_its_tasks(large: Shape, tmp_path: Path) -
         config = bare_config(
             evaluation={"tasks": [task], "held_out_items": 0, "baselines": ["crop"], "baseline_items": 10}
         )
-        plan = gpu_plan(config, large, large, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=4)
+        plan = gpu_plan(config, large, large, ranks=(16, 16), learned=LEARNED, gpu="H100-80GB", gpus=4)
         assert plan.evaluate is not None
         hours.append(plan.evaluate.hours)
     tokens = 50 + 2 * 50 + 10  # teacher; target base and student; the baseline
@@ -203,14 +203,14 @@ def test_hours_of_evaluation_grow_with_its_tasks(large: Shape, tmp_path: Path) -
 
 
 def test_what_does_not_fit_is_said_with_what_would(large: Shape, config: Config) -> None:
-    plan = gpu_plan(config, large, large, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=1)
+    plan = gpu_plan(config, large, large, ranks=(16, 16), learned=LEARNED, gpu="H100-80GB", gpus=1)
     assert plan.fit is None and plan.synthesize is None
     assert "synthesize and fit cannot run on 1 x H100-80GB; 4 would do" in plan.advice
     assert "for the target takes 144.7 GB per GPU" in plan.advice and "or more GPUs per engine" in plan.advice
     huge = replace(large, parameters=2_000_000_000_000)
-    assert gpu_plan(config, huge, huge, rank=16, learned=1, gpu="L4-24GB", gpus=None).smallest is None
+    assert gpu_plan(config, huge, huge, ranks=(16, 16), learned=1, gpu="L4-24GB", gpus=None).smallest is None
     with pytest.raises(UserError, match="--gpu B200: not known here; one of A10G-24GB, L4-24GB"):
-        gpu_plan(config, large, large, rank=16, learned=1, gpu="B200", gpus=None)
+        gpu_plan(config, large, large, ranks=(16, 16), learned=1, gpu="B200", gpus=None)
 
 
 def test_prompts_of_the_user_may_be_longer_than_those_that_are_written(
@@ -226,7 +226,7 @@ def test_prompts_of_the_user_may_be_longer_than_those_that_are_written(
 
 def test_a_teacher_too_large_for_a_node_is_spread_over_two(config: Config) -> None:
     shape = Shape.of(MODELS["Llama-3.1-405B"])
-    plan = gpu_plan(config, shape, shape, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=64)
+    plan = gpu_plan(config, shape, shape, ranks=(16, 16), learned=LEARNED, gpu="H100-80GB", gpus=64)
     assert plan.synthesize is not None and plan.synthesize.gpus == 64
     assert "-s synthesis.tensor_parallel=8 -s synthesis.pipeline_parallel=2" in plan.advice
 
@@ -236,7 +236,9 @@ def test_the_advice_names_what_would_change_it(large: Shape) -> None:
 
     def advice(shape: Shape, gpus: int, **sections: Any) -> str:
         config = bare_config(**sections)
-        return gpu_plan(config, shape, shape, rank=16, learned=LEARNED, gpu="H100-80GB", gpus=gpus).advice
+        return gpu_plan(
+            config, shape, shape, ranks=(16, 16), learned=LEARNED, gpu="H100-80GB", gpus=gpus
+        ).advice
 
     huge = replace(large, parameters=1_600_000_000_000)
     largest = advice(huge, 64)

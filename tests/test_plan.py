@@ -1,17 +1,18 @@
 """What of an adapter cannot reach the target is said before any work."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import PretrainedConfig
+from transformers import GPT2Config, GPT2LMHeadModel, PretrainedConfig
 
 from crosslora import plan
 from crosslora.adapter import read_adapter, write_adapter
-from crosslora.config import Config
+from crosslora.config import Base, Config
 from crosslora.errors import UserError
 from crosslora.plan import make_plan
 from crosslora.topology import Topology, discover
-from tests.tiny import bare_config, tiny_gemma, tiny_llama, tiny_lora
+from tests.tiny import bare_config, byte_level_tokenizer, tiny_gemma, tiny_llama, tiny_lora
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +77,15 @@ def test_linears_that_the_target_has_not_are_named(folder: Path, monkeypatch: py
 def test_a_rank_that_cannot_be_served_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"q_proj of the target \(query\) would get rank 516"):
         make_plan(config_of(folder, "q_proj", rank=516))
+
+
+def test_a_fused_linear_of_the_target_takes_the_ranks_of_all_that_feed_it(folder: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    sizes: Any = {"n_embd": 32, "n_layer": 4, "n_head": 2, "n_positions": 512}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / "fused")
+    tokenizer.save_pretrained(folder / "fused")
+    config = config_of(folder, "_proj")
+    unfused = make_plan(config).adapters[0]
+    fused = make_plan(config.model_copy(update={"target": Base(base=str(folder / "fused"))})).adapters[0]
+    assert (unfused.rank, unfused.target_rank) == (4, 4)
+    assert (fused.rank, fused.target_rank) == (4, 12), "query, key and value"

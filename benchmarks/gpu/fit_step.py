@@ -58,7 +58,7 @@ class Settings:
 def recommended(shape: Shape, learned: int, gpu: str, length: int) -> Settings:
     """What `crosslora plan --gpu` prints for one of them."""
     config = CONFIG.model_copy(update={"fit": CONFIG.fit.model_copy(update={"max_tokens": length})})
-    fit = gpu_plan(config, shape, shape, rank=RANK, learned=learned, gpu=gpu, gpus=1).fit
+    fit = gpu_plan(config, shape, shape, ranks=(RANK, RANK), learned=learned, gpu=gpu, gpus=1).fit
     assert fit is not None, f"an 8B student does not fit into {gpu}"
     parts, batch = int(fit.settings["fit.micro_batches"]), int(fit.settings["fit.batch_size"])
     return Settings(batch // parts, length, parts, bool(fit.settings["fit.gradient_checkpointing"]))

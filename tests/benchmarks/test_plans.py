@@ -69,7 +69,7 @@ def test_a_student_has_the_numbers_that_are_planned(
     learned = learned_numbers(Shape.of(MODELS[source]), shape)
     assert parameters(student.projection) == learned
     plan = gpu_plan(
-        CONFIG, Shape.of(MODELS[source]), shape, rank=RANK, learned=learned, gpu=LARGE_KIND, gpus=8
+        CONFIG, Shape.of(MODELS[source]), shape, ranks=(RANK, RANK), learned=learned, gpu=LARGE_KIND, gpus=8
     )
     assert plan.fit is not None, plan.advice
     # every factor fits its linear
