@@ -68,7 +68,7 @@ def read_header(folder: str | Path) -> AdapterHeader:
     shapes = _read_shapes(weights)
     keys = factor_keys(weights, shapes)
     modules = {
-        module: _module_shape(weights, settings, module, shapes[sides["A"]], shapes[sides["B"]])
+        module: _module_shape(weights, settings, sides["A"], shapes[sides["A"]], shapes[sides["B"]])
         for module, sides in keys.items()
     }
     return AdapterHeader(
@@ -144,7 +144,9 @@ def _parse(file: Path, key: str) -> tuple[str, str]:
     return _FORMER.sub("model.language_model.", match["module"]), match["side"]
 
 
-def _module_shape(file: Path, settings: LoraSettings, module: str, a: list[int], b: list[int]) -> ModuleShape:
+def _module_shape(file: Path, settings: LoraSettings, key: str, a: list[int], b: list[int]) -> ModuleShape:
+    """`key` is the name of A, from which the patterns of the settings take the module's."""
+    module = _FACTOR.fullmatch(key)["module"]  # type: ignore[index]
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a + b:
         raise UserError(
             f"{file}: {module} has lora_A {a} and lora_B {b}, not [r, d_in] and [d_out, r] of a linear "

@@ -162,7 +162,9 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Put standard benchmarks to the teacher, the target base, the baselines and the student of a finished run."""
+    """Put standard benchmarks to the teacher, the target base, the baselines and the student of a finished run.
+
+    They are served here, or on the Ray cluster that RAY_ADDRESS names."""
     from crosslora.evaluation.harness import evaluate_run, show
 
     names = re.split(r",(?![^(\[{]*[)\]}])", tasks)  # a comma in brackets belongs to a pattern

@@ -505,3 +505,18 @@ def test_names_of_older_transformers_are_those_of_now() -> None:
     assert list(factor_keys(Path("x"), [former.format(side) for side in "AB"])) == [
         "model.language_model.layers.0.mlp.up_proj"
     ]
+
+
+def test_patterns_are_of_the_names_in_the_file(folder: Path) -> None:
+    def former(tensors: dict[str, torch.Tensor]) -> None:
+        for key in list(tensors):
+            tensors[key.replace("base_model.model.model.", "base_model.model.language_model.model.")] = (
+                tensors.pop(key)
+            )
+
+    retensor(folder, former)
+    edit(folder, alpha_pattern={f"language_model.{Q0}": 3})
+    modules = read_header(folder).modules
+    name = f"model.language_model.{Q0.removeprefix('model.')}"
+    others = {shape.scaling for module, shape in modules.items() if module != name}
+    assert modules[name].scaling not in others and len(others) == 1

@@ -187,9 +187,10 @@ def evaluate_run(
     by_model = {STUDENT: benchmarks, TARGET_BASE: benchmarks, TEACHER: benchmarks}
     by_model |= dict.fromkeys(config.evaluation.baselines, fewer)
     pair = TokenizerPair.load(config.source, config.target)
-    own = [(task, read_items(task)) for task in benchmarks.own]
-    refuse_what_is_too_long(own, config.source, pair.teacher, "--tasks")
-    refuse_what_is_too_long(own, config.target, pair.student, "--tasks")
+    if url is None:
+        own = [(task, read_items(task)) for task in benchmarks.own]
+        refuse_what_is_too_long(own, config.source, pair.teacher, "--tasks")
+        refuse_what_is_too_long(own, config.target, pair.student, "--tasks")
     results = {}
     for source in config.adapters:
         if url is None:
@@ -221,14 +222,15 @@ def _ask_served(
             f"--url {url}: does not serve {' and '.join(missing)} (but {', '.join(served) or 'nothing'}); start it with "
             f"`crosslora serve RUN --teacher`"
         )
-    own = [(task, read_items(task)) for task in by_model[STUDENT].own]
-    needed = max(longest_conversation(own, chat) for chat in (pair.teacher, pair.student))
-    if needed > min(served.values()):  # vLLM would cut the answers without a word
-        raise UserError(
-            f"--url {url}: a prompt with its answer takes up to {needed} tokens, it has room for "
-            f"{min(served.values())}; start it with a larger --max-model-len"
-        )
     sides = {TEACHER: (config.source, pair.teacher)}
+    own = [(task, read_items(task)) for task in by_model[STUDENT].own]
+    for model, name in names.items():
+        needed = longest_conversation(own, sides.get(model, (config.target, pair.student))[1])
+        if needed > served.get(name, needed):  # vLLM would cut the answers without a word
+            raise UserError(
+                f"--url {url}: a prompt with its answer takes up to {needed} tokens, {name} has room for {served[name]}; "
+                "start it with a larger --max-model-len"
+            )
     return {
         model: _ask_all(url, name, by_model[model], *sides.get(model, (config.target, pair.student)), config)
         for model, name in names.items()
@@ -315,7 +317,7 @@ def ask_harness(
         # by the tokenizer's own rule; left to itself, the harness never adds one
         add_bos_token=tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id,
         num_concurrent=64,
-        max_retries=6,  # half a minute: a dead engine is replaced meanwhile
+        max_retries=8,  # half a minute: a dead engine is replaced meanwhile
         max_length=min(benchmarks.longest, *(served_models(url).values())),
         timeout=3600,
     )

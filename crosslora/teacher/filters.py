@@ -41,13 +41,17 @@ def _hold_out(groups: list[list[dict[str, Any]]], settings: Synthesis) -> None:
     """All samples of some prompts: another answer to a prompt that is trained on tells little."""
     if len(groups) == 1:
         groups = [[row] for row in groups[0]]
-    left = max(round(sum(map(len, groups)) * settings.held_out), 1)
-    for index in np.random.default_rng(settings.random_seed).permutation(len(groups)):
-        if left <= 0:
+    kept, held = sum(map(len, groups)), 0
+    wanted = max(round(kept * settings.held_out), 1)
+    shuffled = np.random.default_rng(settings.random_seed).permutation(len(groups))
+    for index in sorted(
+        shuffled, key=lambda i: max(len(groups[i]), wanted)
+    ):  # what is more than is wanted comes last
+        if held >= wanted or (held and held + len(groups[index]) > kept / 2):
             return
         for row in groups[index]:
             row["held_out"] = True
-        left -= len(groups[index])
+        held += len(groups[index])
 
 
 def count_by_verdict(rows: Sequence[dict[str, Any]]) -> dict[str, int]:

@@ -63,7 +63,9 @@ def _own_interrupts() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit:
+    except SystemExit as ended:
+        if ended.code == signal.SIGTERM:  # Ray's own answer to that signal
+            raise
         raise KeyboardInterrupt from None
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from crosslora.config import Synthesis
-from crosslora.teacher.filters import count_by_verdict, verdicts
+from crosslora.teacher.filters import _hold_out, count_by_verdict, verdicts
 from tests.teacher.test_corpus import sample
 
 SETTINGS = Synthesis()
@@ -86,6 +86,18 @@ def test_all_answers_to_a_held_out_prompt_are_held_out() -> None:
     held_out = {s.prompt for s, row in zip(samples, rows, strict=True) if row["held_out"]}
     trained = {s.prompt for s, row in zip(samples, rows, strict=True) if not row["held_out"]}
     assert held_out and trained and not held_out & trained
+
+
+@pytest.mark.parametrize("sizes", [(2, 5, 70), (1, 99), (2, 70), (40, 40)])
+@pytest.mark.parametrize("random_seed", range(4))
+def test_no_more_than_half_is_held_out_however_uneven_the_prompts_are_answered(
+    sizes: tuple[int, ...], random_seed: int
+) -> None:
+    groups: list[list[dict[str, Any]]] = [[{"held_out": False} for _ in range(size)] for size in sizes]
+    _hold_out(groups, SETTINGS.model_copy(update={"random_seed": random_seed}))
+    held = sum(row["held_out"] for group in groups for row in group)
+    assert 0 < held <= sum(sizes) / 2
+    assert all(len({row["held_out"] for row in group}) == 1 for group in groups)
 
 
 def test_of_a_single_prompt_some_answers_are_held_out() -> None:
