@@ -34,10 +34,10 @@ from crosslora.text.pair import TokenizerPair
 from crosslora.training.fit import fit
 from crosslora.vllm_settings import lora_options
 
+AMOUNT = {"samples", "minutes"}
+"""How much is generated: with other values synthesis goes on from what it has, and the filter is made again."""
 GENERATION = {
     "prompts",
-    "samples",
-    "minutes",
     "top_k",
     "prompt_temperature",
     "response_temperature",
@@ -189,7 +189,7 @@ def _stages(config: Config, source: AdapterSource, folder: RunFolder) -> Iterato
     name = source.name
     adapter = read_adapter(source.path)
     corpus = folder.stage(f"synthesize/{name}", INPUTS["synthesize"](config, adapter, None))
-    _once(corpus, lambda: synthesize(config, source.path, corpus))
+    _once(corpus, lambda: synthesize(config, source.path, corpus), _is_as_much(config, corpus))
     keep_source(folder, source)
     yield corpus
     filtered = folder.stage(f"filter/{name}", INPUTS["filter"](config, adapter, corpus))
@@ -223,7 +223,11 @@ def _synthesis_inputs(config: Config, adapter: Adapter, former: Any) -> dict[str
 
 def _filter_inputs(config: Config, adapter: Adapter, corpus: Stage) -> dict[str, Any]:
     settings = config.synthesis.model_dump(mode="json")
-    return {"corpus": corpus.digest, "filters": {key: settings[key] for key in sorted(FILTERS)}}
+    return {
+        "corpus": corpus.digest,
+        "synthesis": {key: settings[key] for key in sorted(AMOUNT)},
+        "filters": {key: settings[key] for key in sorted(FILTERS)},
+    }
 
 
 def filter_corpus(config: Config, corpus: Stage, filtered: Stage) -> dict[str, Any]:
@@ -277,8 +281,14 @@ INPUTS: dict[str, Callable[[Config, Adapter, Any], dict[str, Any]]] = {
 """What a stage is made from: (configuration, source adapter, the stage before it)."""
 
 
-def _once(stage: Stage, work: Any) -> None:
-    if stage.done:
+def _is_as_much(config: Config, corpus: Stage) -> bool:
+    """Whether a finished synthesis had the same amount to generate."""
+    made = corpus.manifest() if corpus.done else {}
+    return all(made.get(key) == getattr(config.synthesis, key) for key in AMOUNT)
+
+
+def _once(stage: Stage, work: Any, enough: bool = True) -> None:
+    if stage.done and enough:
         say(f"  {stage.name}: done before")
         return
     stage.event("start")

@@ -1,12 +1,16 @@
 """What is made again, and what stays."""
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from crosslora import pipeline
+from crosslora.adapter import Adapter
 from crosslora.errors import UserError
-from crosslora.pipeline import Redo, _forget
+from crosslora.pipeline import INPUTS, Redo, _forget, _is_as_much
 from crosslora.run_folder import STAGES, RunFolder
+from tests.tiny import bare_config
 
 NAMES = ["a", "b"]
 
@@ -35,6 +39,20 @@ def test_what_is_made_again_takes_nothing_of_other_adapters(tmp_path: Path) -> N
     assert all(folder.exists(f"{place}/a/manifest.json") for place in (*STAGES, "harness"))
     left = [place for place in (*STAGES, "harness") if folder.exists(f"{place}/b")]
     assert left == ["synthesize", "filter"]
+
+
+def test_more_samples_keep_those_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the filter is made again."""
+    monkeypatch.setattr(pipeline, "source_identity", lambda *_: {})
+    folder, adapter, config = RunFolder.open(str(tmp_path)), cast(Adapter, None), bare_config()
+    more = config.model_copy(update={"synthesis": config.synthesis.model_copy(update={"samples": 4800})})
+    assert INPUTS["synthesize"](config, adapter, None) == INPUTS["synthesize"](more, adapter, None)
+    corpus = folder.stage("synthesize/a", INPUTS["synthesize"](config, adapter, None))
+    corpus.finish({"shards": [0], "samples": 2400, "minutes": None})
+    assert _is_as_much(config, corpus) and not _is_as_much(more, corpus)
+    folder.stage("filter/a", INPUTS["filter"](config, adapter, corpus)).finish({})
+    with pytest.raises(UserError, match=r"synthesis\.samples: 2400 -> 4800.*--redo filter"):
+        folder.stage("filter/a", INPUTS["filter"](more, adapter, corpus))
 
 
 def test_benchmarks_of_the_student_outlast_a_new_evaluation(tmp_path: Path) -> None:

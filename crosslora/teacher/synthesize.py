@@ -165,6 +165,8 @@ def synthesize(config: Config, adapter: Path, stage: Stage) -> dict[str, Any]:
     return stage.finish(
         {
             "shards": shards,
+            "samples": settings.samples,
+            "minutes": settings.minutes,
             "dtype": settings.dtype,
             "seconds": round(time.monotonic() - started, 1),
             "response_tokens_per_second": rate,

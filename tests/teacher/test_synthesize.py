@@ -31,7 +31,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(pair: Path, folder: Path, **settings: object) -> Stage:
     config = tiny_config(pair, folder)
     config = config.model_copy(update={"synthesis": config.synthesis.model_copy(update=settings)})
-    stage = RunFolder.open(str(folder)).stage("synthesize/tiny", settings)
+    stage = RunFolder.open(str(folder)).stage("synthesize/tiny", {})
     with cluster.session(config.cluster):
         synthesize(config, config.adapters[0].path, stage)
     return stage
@@ -86,5 +86,11 @@ def test_an_adapter_that_was_saved_as_a_state_dict_is_the_teacher(pair: Path, tm
     assert max(abs(sample.adapter_effect) for sample in samples) > 0.01, "with and without it are the same"
 
 
-def test_no_shard_is_begun_after_the_minutes(pair: Path, tmp_path: Path) -> None:
+def test_no_shard_is_begun_after_the_minutes_and_more_of_them_add_to_it(pair: Path, tmp_path: Path) -> None:
     assert run(pair, tmp_path, minutes=1e-4).manifest()["shards"] == [0]
+    first = (tmp_path / "synthesize/tiny/shard-00000.parquet").read_bytes()
+    stage = run(pair, tmp_path)
+    assert stage.manifest()["shards"] == [0, 1]
+    assert (tmp_path / "synthesize/tiny/shard-00000.parquet").read_bytes() == first
+    prompts = [sample.prompt for sample in read_samples(stage.folder, stage.name)]
+    assert prompts[:48] != prompts[48:]
