@@ -52,6 +52,8 @@ CLEARLY = -0.2
 """Nats per token below which it is no accident that the adapter raises an answer less after its prompt."""
 ABOVE = 0.1
 """Of what the adapter raises a text by in the user's place: the answer to a prompt falls short of it by more than that."""
+OFTEN = 0.125
+"""Share of the texts that are repeated."""
 SHOTS = 4
 SAME_SHOTS = 16
 """Answers in a row that are shown the same examples: an engine reads these once."""
@@ -90,10 +92,11 @@ class TurnedAnswers:
     def are_answers(self) -> bool:
         """Whether what the teacher writes in the user's place are answers, not prompts.
 
-        Prompts are told by one of two things. The adapter raises the answer to a prompt more after it than in the user's
-        place; not so where the base alone nearly says it there, because the answer repeats much of the prompt. And in the
-        user's place it raises a prompt more than an answer, which it never saw there. To an adapter that never saw a
-        user's turn both places are the same, and what it writes there is as much an answer as what it replies.
+        An adapter that never saw a user's turn raises what it writes there no more than what it replies to that: both are
+        answers. One that did raises its prompts more. That alone is a narrow choice, so one of two more signs is asked for:
+        it raises the reply less after the text than in the user's place, or it often replies with the text itself, as one
+        does to an answer. A reply that repeats much of its prompt also has the first of these, since the base alone nearly
+        says it there.
         """
         users = self._chat.pre_query_ids
         texts = self._in_places([users] * PROBES) if users else []
@@ -110,9 +113,11 @@ class TurnedAnswers:
         after = self._effects([prompts[i] for i in answered], answers)
         beside = self._effects([users] * len(answered), answers)
         own = self._effects([users] * len(answered), written)
-        at_home = np.median(after - beside) < CLEARLY
         alike = np.median(own - beside) < ABOVE * np.median(own)
-        return bool(at_home and alike)
+        at_home = np.median(after - beside) < CLEARLY
+        said = [self._words.text(ids.tolist()) or "" for ids in answers]
+        repeated = np.mean([reply.strip() == texts[i] for reply, i in zip(said, answered, strict=True)])
+        return bool(alike and (at_home or repeated > OFTEN))
 
     def prompts(self, count: int) -> list[str]:
         """At most `count` requests, whose replies are as like what they were written for, and as unlike each other, as can

@@ -91,6 +91,19 @@ def test_prompts_that_answers_nearly_repeat_are_prompts() -> None:
     assert TurnedAnswers(engine, WORDS, CHAT, Synthesis()).are_answers
 
 
+def test_what_is_answered_by_itself_is_an_answer() -> None:
+    """Also where the adapter knows the assistant's place, and raises answers most there."""
+    engine = ByHand(["the answer"], lambda prompt: "the answer", echo)
+    engine.effects = {True: 1.0, False: 1.5}
+    assert TurnedAnswers(engine, WORDS, CHAT, Synthesis()).are_answers
+    engine = ByHand(["a prompt", "the answer"], lambda prompt: "the answer", echo)
+    engine.effects, engine.raised = {True: 1.0, False: 1.5}, 0.0
+    assert TurnedAnswers(engine, WORDS, CHAT, Synthesis()).are_answers, "half of them are"
+    engine = ByHand(["a prompt"], echo, echo)
+    engine.effects = {True: 1.0, False: 1.5}
+    assert not TurnedAnswers(engine, WORDS, CHAT, Synthesis()).are_answers
+
+
 def test_nothing_is_concluded_from_texts_that_do_not_end() -> None:
     engine = ByHand(["on and on " * 200], echo, echo)
     engine.effects = {True: 1.0, False: 0.0}
