@@ -90,7 +90,7 @@ class Synthesis(_Section):
     samples: int = Field(2400, ge=8)
     """Samples to generate, before filtering: the budget in samples."""
     minutes: float | None = Field(None, gt=0)
-    """Stop handing out work after so many minutes: the budget in time."""
+    """Stop handing out work after so many minutes: the budget in time, of every start anew."""
     top_k: int = Field(16, ge=1, le=256)
     """Teacher alternatives stored per position."""
     prompt_temperature: float = Field(1.0, ge=0)

@@ -282,15 +282,20 @@ INPUTS: dict[str, Callable[[Config, Adapter, Any], dict[str, Any]]] = {
 
 
 def _is_as_much(config: Config, corpus: Stage) -> bool:
-    """Whether a finished synthesis had the same amount to generate."""
-    made = corpus.manifest() if corpus.done else {}
-    return all(made.get(key) == getattr(config.synthesis, key) for key in AMOUNT)
+    """Whether a finished synthesis had as many samples to generate, and as much time."""
+    if not corpus.done:
+        return False
+    made, minutes = corpus.manifest(), config.synthesis.minutes
+    had_time = made["minutes"] is None or (minutes is not None and minutes <= made["minutes"])
+    return bool(made["samples"] == config.synthesis.samples and had_time)
 
 
 def _once(stage: Stage, work: Any, enough: bool = True) -> None:
     if stage.done and enough:
         say(f"  {stage.name}: done before")
         return
+    if stage.done:
+        stage.reopen()
     stage.event("start")
     work()
     stage.event("done")

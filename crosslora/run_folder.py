@@ -221,6 +221,10 @@ class Stage:
         self.folder.write_json(f"{self.name}/manifest.json", manifest)
         return manifest
 
+    def reopen(self) -> None:
+        """What it made stays, and more is to come."""
+        self.folder.filesystem.delete_file(self.folder.path(f"{self.name}/manifest.json"))
+
     def event(self, event: str, **fields: Any) -> None:
         """Append a line to the stage's events.jsonl (a file per event where the store cannot append)."""
         line = (

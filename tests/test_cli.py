@@ -267,7 +267,7 @@ def test_no_prompt_survives(tmp_path: Path, pair: Path) -> None:
 
     folder = RunFolder.open(str(tmp_path))
     corpus, filtered = folder.stage("synthesize/a", {}), folder.stage("filter/a", {})
-    write_shard(folder, corpus.name, 0, [sample("0", finished=False)])
+    write_shard(folder, corpus.name, 0, [sample("0", finished=False)], 1)
     corpus.finish({"shards": [0]})
     with pytest.raises(UserError, match=r"0 of 1 samples were kept.*1 unfinished"):
         pipeline.filter_corpus(load_config(pair / "c.yaml"), corpus, filtered)

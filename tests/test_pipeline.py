@@ -7,6 +7,7 @@ import pytest
 
 from crosslora import pipeline
 from crosslora.adapter import Adapter
+from crosslora.config import Config
 from crosslora.errors import UserError
 from crosslora.pipeline import INPUTS, Redo, _forget, _is_as_much
 from crosslora.run_folder import STAGES, RunFolder
@@ -50,9 +51,24 @@ def test_more_samples_keep_those_that_there_are(tmp_path: Path, monkeypatch: pyt
     corpus = folder.stage("synthesize/a", INPUTS["synthesize"](config, adapter, None))
     corpus.finish({"shards": [0], "samples": 2400, "minutes": None})
     assert _is_as_much(config, corpus) and not _is_as_much(more, corpus)
+    assert _is_as_much(within(config, 5), corpus), "it had all the time"
     folder.stage("filter/a", INPUTS["filter"](config, adapter, corpus)).finish({})
     with pytest.raises(UserError, match=r"synthesis\.samples: 2400 -> 4800.*--redo filter"):
         folder.stage("filter/a", INPUTS["filter"](more, adapter, corpus))
+
+
+def test_more_minutes_go_on_and_fewer_do_not(tmp_path: Path) -> None:
+    config = bare_config()
+    corpus = RunFolder.open(str(tmp_path)).stage("synthesize/a", {})
+    corpus.finish({"shards": [0], "samples": config.synthesis.samples, "minutes": 10.0})
+    enough = [_is_as_much(within(config, minutes), corpus) for minutes in (5, 10, 20, None)]
+    assert enough == [True, True, False, False]
+    corpus.reopen()
+    assert not corpus.done and not _is_as_much(config, corpus)
+
+
+def within(config: Config, minutes: float | None) -> Config:
+    return config.model_copy(update={"synthesis": config.synthesis.model_copy(update={"minutes": minutes})})
 
 
 def test_benchmarks_of_the_student_outlast_a_new_evaluation(tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ class Sample:
         return float(np.mean(self.logprobs_on - self.logprobs_off)) if len(self.logprobs_on) else 0.0
 
 
-def write_shard(folder: RunFolder, stage: str, index: int, samples: list[Sample]) -> None:
-    """Write shard and then its marker, which holds the digest that reading checks."""
+def write_shard(folder: RunFolder, stage: str, index: int, samples: list[Sample], asked: int) -> None:
+    """Write shard and then its marker, which holds how many samples were `asked` for, and the digest that reading checks."""
     columns = [[_plain(getattr(sample, field.name)) for sample in samples] for field in SHARD]
     table = pa.Table.from_arrays(
         [pa.array(c, f.type) for c, f in zip(columns, SHARD, strict=True)], schema=SHARD
@@ -64,12 +64,14 @@ def write_shard(folder: RunFolder, stage: str, index: int, samples: list[Sample]
     pq.write_table(table, sink, compression="zstd")
     content = sink.getvalue().to_pybytes()
     folder.write_bytes(f"{stage}/shard-{index:05d}.parquet", content)
-    marker = {"rows": len(samples), "sha256": hashlib.sha256(content).hexdigest()}
+    marker = {"asked": asked, "rows": len(samples), "sha256": hashlib.sha256(content).hexdigest()}
     folder.write_json(f"{stage}/shard-{index:05d}.json", marker)
 
 
-def shard_exists(folder: RunFolder, stage: str, index: int) -> bool:
-    return folder.exists(f"{stage}/shard-{index:05d}.json")
+def shard_exists(folder: RunFolder, stage: str, index: int, asked: int) -> bool:
+    """Not one of another size: the last one of fewer samples is written again where there are to be more."""
+    marker = f"{stage}/shard-{index:05d}.json"
+    return folder.exists(marker) and folder.read_json(marker)["asked"] == asked
 
 
 def read_shard(folder: RunFolder, stage: str, index: int) -> list[Sample]:

@@ -146,7 +146,7 @@ def synthesize(config: Config, adapter: Path, stage: Stage) -> dict[str, Any]:
     config = decided(config)
     settings = config.synthesis
     num_shards = -(-settings.samples // settings.shard_size)
-    done = [index for index in range(num_shards) if shard_exists(stage.folder, stage.name, index)]
+    done = _written(stage, settings)
     pending = deque(index for index in range(num_shards) if index not in done)
     started, rate = time.monotonic(), None
     if pending:
@@ -161,10 +161,9 @@ def synthesize(config: Config, adapter: Path, stage: Stage) -> dict[str, Any]:
                     rate = foreman.rate()
             finally:
                 foreman.stop()
-    shards = [index for index in range(num_shards) if shard_exists(stage.folder, stage.name, index)]
     return stage.finish(
         {
-            "shards": shards,
+            "shards": _written(stage, settings),
             "samples": settings.samples,
             "minutes": settings.minutes,
             "dtype": settings.dtype,
@@ -306,7 +305,7 @@ class _Foreman:
             self.pending.appendleft(index)
             self._replace(actor, f"on shard {index}", error)
             return
-        write_shard(self.stage.folder, self.stage.name, index, samples)
+        write_shard(self.stage.folder, self.stage.name, index, samples, _size(index, self.settings))
         if not self.told and any(sample.strategy == TURNED for sample in samples):
             self.told = True
             say("  the teacher writes answers in the user's place; prompts are written for these")
@@ -328,6 +327,11 @@ class _Foreman:
                 f"({str(error).strip().splitlines()[-1].strip()[:300]}); look for too little memory, lower synthesis.shard_size"
             ) from error
         self._start()
+
+
+def _written(stage: Stage, settings: Synthesis) -> list[int]:
+    shards = range(-(-settings.samples // settings.shard_size))
+    return [i for i in shards if shard_exists(stage.folder, stage.name, i, _size(i, settings))]
 
 
 def _size(index: int, settings: Synthesis) -> int:

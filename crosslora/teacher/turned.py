@@ -95,7 +95,7 @@ class TurnedAnswers:
         An adapter that never saw a user's turn raises what it writes there no more than what it replies to that: both are
         answers. One that did raises its prompts more. That alone is a narrow choice, so one of two more signs is asked for:
         it raises the reply less after the text than in the user's place, or it often replies with the text itself, as one
-        does to an answer. A reply that repeats much of its prompt also has the first of these, since the base alone nearly
+        does to an answer; then it is the other texts that it must not raise more. A reply that repeats much of its prompt also has the first of these, since the base alone nearly
         says it there.
         """
         users = self._chat.pre_query_ids
@@ -113,11 +113,13 @@ class TurnedAnswers:
         after = self._effects([prompts[i] for i in answered], answers)
         beside = self._effects([users] * len(answered), answers)
         own = self._effects([users] * len(answered), written)
-        alike = np.median(own - beside) < ABOVE * np.median(own)
-        at_home = np.median(after - beside) < CLEARLY
-        said = [self._words.text(ids.tolist()) or "" for ids in answers]
-        repeated = np.mean([reply.strip() == texts[i] for reply, i in zip(said, answered, strict=True)])
-        return bool(alike and (at_home or repeated > OFTEN))
+        said = [(self._words.text(ids.tolist()) or "").strip() for ids in answers]
+        repeated = np.array([reply == texts[i] for reply, i in zip(said, answered, strict=True)])
+        bound = ABOVE * np.median(own)
+        if np.median(after - beside) < CLEARLY and np.median(own - beside) < bound:
+            return True
+        others = (own - beside)[~repeated]  # of those that are repeated it is 0
+        return bool(np.mean(repeated) >= OFTEN and (len(others) < LEAST_PROBES or np.median(others) < bound))
 
     def prompts(self, count: int) -> list[str]:
         """At most `count` requests, whose replies are as like what they were written for, and as unlike each other, as can

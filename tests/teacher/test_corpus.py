@@ -36,8 +36,9 @@ def sample(sample_id: str, n: int = 3, **changes: object) -> Sample:
 def test_round_trip(tmp_path: Path) -> None:
     folder = RunFolder.open(str(tmp_path))
     written = [sample("0"), sample("1", 5), sample("2", 0), sample("3", response=None)]
-    write_shard(folder, "synthesize/a", 0, written)
-    assert shard_exists(folder, "synthesize/a", 0)
+    write_shard(folder, "synthesize/a", 0, written, len(written))
+    assert shard_exists(folder, "synthesize/a", 0, len(written))
+    assert not shard_exists(folder, "synthesize/a", 0, len(written) + 1), "more were asked for"
     for one, two in zip(written, read_shard(folder, "synthesize/a", 0), strict=True):
         assert (one.sample_id, one.response, one.finished) == (two.sample_id, two.response, two.finished)
         np.testing.assert_array_equal(one.response_ids, two.response_ids)
@@ -48,7 +49,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:
     folder = RunFolder.open(str(tmp_path))
-    write_shard(folder, "synthesize/a", 0, [sample("0")])
+    write_shard(folder, "synthesize/a", 0, [sample("0")], 1)
     file = tmp_path / "synthesize/a/shard-00000.parquet"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -62,14 +63,14 @@ def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:
 
 def test_a_shard_without_its_marker_does_not_exist(tmp_path: Path) -> None:
     folder = RunFolder.open(str(tmp_path))
-    write_shard(folder, "synthesize/a", 0, [sample("0")])
+    write_shard(folder, "synthesize/a", 0, [sample("0")], 1)
     (tmp_path / "synthesize/a/shard-00000.json").unlink()
-    assert not shard_exists(folder, "synthesize/a", 0)
+    assert not shard_exists(folder, "synthesize/a", 0, 1)
 
 
 def test_the_corpus_is_what_was_kept(tmp_path: Path) -> None:
     folder = RunFolder.open(str(tmp_path))
-    write_shard(folder, "synthesize/a", 0, [sample("0"), sample("1"), sample("2")])
+    write_shard(folder, "synthesize/a", 0, [sample("0"), sample("1"), sample("2")], 3)
     folder.write_json("synthesize/a/manifest.json", {"shards": [0]})
     rows = [
         {"sample_id": "0", "verdict": "kept", "held_out": False},

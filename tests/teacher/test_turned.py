@@ -104,6 +104,13 @@ def test_what_is_answered_by_itself_is_an_answer() -> None:
     assert not TurnedAnswers(engine, WORDS, CHAT, Synthesis()).are_answers
 
 
+def test_prompts_that_need_no_change_are_no_answers_for_that() -> None:
+    """Of an adapter that corrects spelling; it raises the prompts that need it more than what it makes of them."""
+    engine = ByHand(["fine", "tow beers"], lambda prompt: "fine" if "fine" in prompt else "two beers", echo)
+    engine.effects, engine.raised = {True: 1.0, False: 1.5}, 0.6
+    assert not TurnedAnswers(engine, WORDS, CHAT, Synthesis()).are_answers
+
+
 def test_nothing_is_concluded_from_texts_that_do_not_end() -> None:
     engine = ByHand(["on and on " * 200], echo, echo)
     engine.effects = {True: 1.0, False: 0.0}
