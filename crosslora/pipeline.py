@@ -6,7 +6,7 @@ work is never done again; a run that was killed goes on with the same command.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from crosslora.identity import base_identity, prompt_identity, source_identity, 
 from crosslora.models import embedding_place, resolve
 from crosslora.plan import make_plan
 from crosslora.progress import say
+from crosslora.redo import Redo, check_stage
 from crosslora.run_folder import STAGES, RunFolder, Stage, digest
 from crosslora.serving import free_port, refuse_a_second_server
 from crosslora.teacher.corpus import read_samples, write_verdicts
@@ -86,7 +87,7 @@ def transfer(config: Config, redo: str | None = None, until: str | None = None) 
     mend; finished stages are kept.
     """
     again = Redo.parse(redo, [source.name for source in config.adapters])
-    _check_stage("--until", until)
+    check_stage("--until", until)
     folder = RunFolder.open(config.run)
     with folder.writing():
         check_inputs(config)
@@ -100,41 +101,12 @@ def transfer(config: Config, redo: str | None = None, until: str | None = None) 
             if until in (None, STAGES[-1]) and not done:
                 refuse_a_second_server()
             for name in again.names:  # after all checks: what is refused loses nothing
-                _forget(folder, again.stage, name)
+                again.forget(folder, name)
             folder.write_json("run.json", {"config": config.model_dump(mode="json")})
             folder.write_json("plan.json", plan.as_dict())
             for source in config.adapters:
                 _transfer_one(config, source, folder, until)
     return TransferResult(config.run, [_moved(folder, name) for name in _evaluated(config, folder)])
-
-
-@dataclass(frozen=True)
-class Redo:
-    """What is to be made again: a stage and those after it, of these adapters."""
-
-    stage: str
-    names: Sequence[str]
-
-    @classmethod
-    def parse(cls, text: str | None, names: Sequence[str]) -> Redo:
-        if text is None:
-            return cls(STAGES[0], ())
-        stage, slash, name = text.partition("/")
-        _check_stage("--redo", stage)
-        if slash and name not in names:
-            raise UserError(
-                f"--redo {text}: the configuration has no adapter {name!r}; one of {', '.join(names)}"
-            )
-        return cls(stage, (name,) if slash else names)
-
-    def first(self, name: str) -> str | None:
-        """The first stage of this adapter that is made again, if any is."""
-        return self.stage if name in self.names else None
-
-
-def _check_stage(option: str, stage: str | None) -> None:
-    if stage is not None and stage not in STAGES:
-        raise UserError(f"{option} {stage}: no such stage; one of {', '.join(STAGES)}")
 
 
 def _evaluated(config: Config, folder: RunFolder) -> list[str]:
@@ -299,11 +271,3 @@ def _once(stage: Stage, work: Any, enough: bool = True) -> None:
     stage.event("start")
     work()
     stage.event("done")
-
-
-def _forget(folder: RunFolder, redo: str, adapter: str) -> None:
-    """The last first: where this is interrupted, nothing stays that was made from what is gone."""
-    if redo != "evaluate":
-        folder.remove(f"harness/{adapter}")  # benchmarks of the student that goes
-    for stage in reversed(STAGES[STAGES.index(redo) :]):
-        folder.remove(f"{stage}/{adapter}")

@@ -45,9 +45,8 @@ def _write_whole(file: Path, content: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         unfinished.replace(file)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)  # so that a full disk is not left with it
-        raise
+    finally:
+        unfinished.unlink(missing_ok=True)  # a full disk is not left with it
 
 
 @dataclass(frozen=True)

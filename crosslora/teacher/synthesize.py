@@ -145,9 +145,8 @@ def synthesize(config: Config, adapter: Path, stage: Stage) -> dict[str, Any]:
     """Generate the shards that are missing; returns the manifest."""
     config = decided(config)
     settings = config.synthesis
-    num_shards = -(-settings.samples // settings.shard_size)
     done = _written(stage, settings)
-    pending = deque(index for index in range(num_shards) if index not in done)
+    pending = deque(index for index in range(_num_shards(settings)) if index not in done)
     started, rate = time.monotonic(), None
     if pending:
         engines = min(settings.engines, len(pending))
@@ -189,7 +188,7 @@ class _Foreman:
         board: Any,
     ) -> None:
         self.settings, self.stage, self.pending, self.board = config.synthesis, stage, pending, board
-        done = -(-self.settings.samples // self.settings.shard_size) - len(pending)
+        done = _num_shards(self.settings) - len(pending)
         seed = self.settings.random_seed * 1_000_003 + done  # a resumed run must not repeat what it has
         self.bundles = cluster.engine_bundles(
             config.gpus_per_engine_and_node, self.settings.pipeline_parallel, num_engines
@@ -329,8 +328,12 @@ class _Foreman:
         self._start()
 
 
+def _num_shards(settings: Synthesis) -> int:
+    return -(-settings.samples // settings.shard_size)
+
+
 def _written(stage: Stage, settings: Synthesis) -> list[int]:
-    shards = range(-(-settings.samples // settings.shard_size))
+    shards = range(_num_shards(settings))
     return [i for i in shards if shard_exists(stage.folder, stage.name, i, _size(i, settings))]
 
 

@@ -93,10 +93,10 @@ class TurnedAnswers:
         """Whether what the teacher writes in the user's place are answers, not prompts.
 
         An adapter that never saw a user's turn raises what it writes there no more than what it replies to that: both are
-        answers. One that did raises its prompts more. That alone is a narrow choice, so one of two more signs is asked for:
-        it raises the reply less after the text than in the user's place, or it often replies with the text itself, as one
-        does to an answer; then it is the other texts that it must not raise more. A reply that repeats much of its prompt also has the first of these, since the base alone nearly
-        says it there.
+        answers. One that did raises its prompts more. That alone is a narrow choice, so one of two more signs is asked for.
+        It raises the reply less after the text than in the user's place; so it does too where a reply repeats much of its
+        prompt, since the base alone nearly says it there. Or it often replies with the text itself, as one does to an
+        answer; then it is the other texts that it must not raise more.
         """
         users = self._chat.pre_query_ids
         texts = self._in_places([users] * PROBES) if users else []

@@ -246,9 +246,8 @@ class Loop:
             strict.append(batch.rows.strict)
         losses_N, strict_N = torch.cat(losses), torch.cat(strict)
         means = torch.stack([losses_N.mean(), losses_N[strict_N].mean()])
-        deepspeed.comm.broadcast(
-            means, src=0
-        )  # on unlike machines they differ by rounding, what follows must not
+        # on unlike machines they differ by rounding, and what is done with them must not
+        deepspeed.comm.broadcast(means, src=0)
         loss, kl = means.tolist()
         return loss, kl
 
