@@ -2,16 +2,16 @@
 
     python benchmarks/fit.py runs/demo --steps 20
 
-RUN is a finished run folder. Both models see the same micro-batches of its corpus, in turn, in one process on the
-CPU. Ours: projection, chunked KL loss, AdamW. Plain: get_peft_model (rank 8, the same linears), cross-entropy with
-the logits at the same scored positions only, AdamW. Medians over the steps. The figure of the run's own fit stage,
-with DeepSpeed and Ray Train around the step, stands beside it.
+RUN is a finished run folder. All models see the same micro-batches of its corpus, in turn, in one process on the
+CPU. Ours: projection, chunked KL loss, AdamW. Plain: get_peft_model (the same rank and linears), cross-entropy with
+the logits at the same scored positions only, AdamW; once as PEFT has it, which computes the LoRA in float32, and once in
+the base's dtype, as ours does. Medians over the steps. The figure of the run's own fit stage, with DeepSpeed and Ray Train
+around the step, stands beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import statistics
@@ -27,7 +27,9 @@ from torch.nn.functional import cross_entropy
 
 import crosslora
 from crosslora.adapter import read_adapter
+from crosslora.adapter_config import read_settings
 from crosslora.config import Config
+from crosslora.evaluation.results import installed
 from crosslora.models import load_model, resolve
 from crosslora.precision import decided
 from crosslora.projection.build import build_transfer
@@ -36,14 +38,13 @@ from crosslora.run_folder import RunFolder
 from crosslora.teacher.corpus import read_corpus
 from crosslora.text.pair import TokenizerPair
 from crosslora.training.batches import Batch, Example, batch_indices, build_examples, collate, micro_batches
-from crosslora.training.loop import use_plain_attention
+from crosslora.training.loop import GRADIENT_NORM, use_plain_attention
 from crosslora.training.losses import summed_loss
 
 HERE = Path(__file__).resolve().parent
 WARM_UP = 2
-RANK = 8
-GRADIENT_NORM = 1.0
-PACKAGES = ("torch", "transformers", "peft")
+PLAIN = {"peft": True, "peft_in_base_dtype": False}
+"""Contestant -> whether its LoRA is computed in float32."""
 Loss = Callable[[Batch], torch.Tensor]
 """Summed loss of a micro-batch."""
 
@@ -82,11 +83,13 @@ def our_student(config: Config, pair: TokenizerPair) -> tuple[Student, Loss]:
     return student, loss
 
 
-def plain_peft(config: Config, student: Student) -> tuple[torch.nn.Module, Loss]:
-    """LoRA on the linears that the student adapts; `student.logits` is the frozen head, the same for both."""
+def plain_peft(config: Config, student: Student, in_float32: bool) -> tuple[torch.nn.Module, Loss]:
+    """LoRA on the linears that the student adapts; `student.logits` is the frozen head, the same for all."""
     linears = [slot.path for slot in student.projection.slots]
-    settings = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=linears, task_type="CAUSAL_LM")
-    model = get_peft_model(load_model(resolve(config.target), config.fit.dtype), settings).train()
+    rank = read_settings(config.adapters[0].path).r
+    settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=linears, task_type="CAUSAL_LM")
+    base: Any = load_model(resolve(config.target), config.fit.dtype)
+    model = get_peft_model(base, settings, autocast_adapter_dtype=in_float32).train()
 
     def loss(batch: Batch) -> torch.Tensor:
         output = model.get_base_model().base_model(input_ids=batch.ids, use_cache=False)
@@ -99,21 +102,23 @@ def plain_peft(config: Config, student: Student) -> tuple[torch.nn.Module, Loss]
 def measure(
     config: Config, examples: list[Example], pair: TokenizerPair, steps: int
 ) -> list[dict[str, float]]:
-    """Tokens/s of both for every step after the warm-up; who goes first changes from step to step."""
+    """Tokens/s of each for every step after the warm-up; who goes first changes from step to step."""
     use_plain_attention(example.length for example in examples)
     student, our_loss = our_student(config, pair)
-    models = {"crosslora": (student, our_loss), "peft": plain_peft(config, student)}
-    both = {name: Contestant(*model, config.fit.learning_rate) for name, model in models.items()}
+    models = {"crosslora": (student, our_loss)}
+    models |= {name: plain_peft(config, student, in_float32) for name, in_float32 in PLAIN.items()}
+    contestants = {name: Contestant(*model, config.fit.learning_rate) for name, model in models.items()}
     batches = batch_indices(examples, config.fit.batch_size, config.fit.random_seed)
     figures = []
     for step, indices in enumerate(islice(batches, WARM_UP + steps)):
         batch = [examples[i] for i in indices]
         tokens = sum(example.length for example in batch)
-        names = list(both) if step % 2 else list(reversed(both))
-        speed = {name: tokens / both[name].seconds(batch, config.fit.micro_batches) for name in names}
+        names = list(contestants) if step % 2 else list(reversed(contestants))
+        seconds = {name: contestants[name].seconds(batch, config.fit.micro_batches) for name in names}
+        speed = {name: tokens / seconds[name] for name in contestants}
         if step >= WARM_UP:
             figures.append({"tokens": tokens, **speed})
-            print(f"crosslora {speed['crosslora']:8.1f}  peft {speed['peft']:8.1f} tokens/s", flush=True)
+            print("  ".join(f"{name} {rate:8.1f}" for name, rate in speed.items()), "tokens/s", flush=True)
     return figures
 
 
@@ -132,13 +137,12 @@ def main() -> None:
     figures = measure(config, build_examples(train, pair, config.fit.max_tokens), pair, given.steps)
     result: dict[str, Any] = {
         "crosslora": crosslora.__version__,
-        "versions": {d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES},
+        "versions": installed(),
         "cpus": cpus,
         "dtype": config.fit.dtype,
         "batch": {"samples": config.fit.batch_size, "micro_batches": config.fit.micro_batches},
-        "crosslora_tokens_per_second": statistics.median(f["crosslora"] for f in figures),
-        "peft_tokens_per_second": statistics.median(f["peft"] for f in figures),
-        "ratio": statistics.median(f["crosslora"] / f["peft"] for f in figures),
+        "tokens_per_second": {n: statistics.median(f[n] for f in figures) for n in ("crosslora", *PLAIN)},
+        "ratios": {n: statistics.median(f["crosslora"] / f[n] for f in figures) for n in PLAIN},
         "fit_stage_tokens_per_second": folder.read_json(f"fit/{name}/manifest.json")["tokens_per_second"],
         "figures": figures,
     }

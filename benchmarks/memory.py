@@ -28,10 +28,9 @@ import torch
 from crosslora import cluster
 from crosslora.adapter import read_adapter
 from crosslora.config import Config, load_config
-from crosslora.models import load_config as load_model_config
-from crosslora.models import resolve
+from crosslora.endpoint import free_port
+from crosslora.models import load_model_config, resolve
 from crosslora.projection.build import build_transfer
-from crosslora.serving import free_port
 from crosslora.sizing import HEAP, Shape, fit_memory
 from crosslora.text.pair import TokenizerPair
 from crosslora.training.losses import Rows, summed_loss
@@ -91,7 +90,7 @@ def settings(point: Point) -> Config:
 
 
 class Peak:
-    """Most resident memory of this process, or most that torch allocated on the GPU, since `start`. Bytes.
+    """Most resident memory of this process, or most that torch allocated on the GPU, since it was made. Bytes.
 
     Of /proc's fields VmRSS is all of it, RssAnon without pages of files, which the kernel takes back when it wants.
     """

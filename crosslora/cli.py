@@ -93,11 +93,15 @@ def plan(
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="How many.  [default: as few as will do]")] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Also see whether the Ray cluster can hold it as it is now.")
+        bool,
+        typer.Option(
+            "--check",
+            help="Also see whether the Ray cluster can hold it as it is now; without one, this machine.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a transfer will do and need, from headers alone: on GPUs also settings that fit, hours and cost."""
+    """Show what a transfer will do and need, from headers (a GGUF base is converted first): on GPUs also settings that fit, hours and cost."""
     from crosslora import cluster
     from crosslora.config import load_config
     from crosslora.errors import UserError
@@ -241,15 +245,18 @@ def serve(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Serve nothing; write DIR/serve.yaml for `serve deploy` and DIR/rayservice.yaml for KubeRay.",
+            help="Serve nothing; write DIR/serve.yaml for `serve deploy` and DIR/rayservice.yaml for KubeRay, "
+            "which listens on port 8000 of all addresses.",
         ),
     ] = None,
 ) -> None:
     """Serve moved adapters and their base, OpenAI-compatible, until Ctrl-C. What lies in the places is what is served:
     adapters may come, change and go meanwhile."""
-    from crosslora import serve as serving
+    from crosslora.serve import serve as serve_until_stopped
+    from crosslora.serve import settings as made_of
+    from crosslora.serve import write_config as write
 
-    settings = serving.settings(
+    settings = made_of(
         places=places,
         base=base,
         teacher=teacher,
@@ -261,9 +268,9 @@ def serve(
         autoscaling=autoscaling,
     )
     if write_config is None:
-        serving.serve(settings, host, port, api_key)
+        serve_until_stopped(settings, host, port, api_key)
     else:
-        for path in serving.write_config(settings, write_config, host, port):
+        for path in write(settings, write_config, host, port):
             print(path)
         if api_key:
             print("the API key is not in there: set CROSSLORA_API_KEY in the environment of the cluster")

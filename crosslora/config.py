@@ -76,12 +76,14 @@ class Prompts(_Section):
     def _complete(self) -> Prompts:
         if self.self + self.seeds + self.file <= 0:
             raise ValueError("at least one of self, seeds and file needs a weight above 0")
-        for weight, path, name in (
-            (self.seeds, self.seeds_file, "seeds_file"),
-            (self.file, self.prompts_file, "prompts_file"),
+        for strategy, weight, name, path in (
+            ("seeds", self.seeds, "seeds_file", self.seeds_file),
+            ("file", self.file, "prompts_file", self.prompts_file),
         ):
             if weight > 0 and path is None:
                 raise ValueError(f"{name} is missing: its strategy has a weight above 0")
+            if weight == 0 and path is not None:
+                raise ValueError(f"{name} is not used: give {strategy} a weight above 0, or leave it out")
         return self
 
 

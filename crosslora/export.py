@@ -20,7 +20,7 @@ from crosslora.adapter import Adapter, read_adapter, write_adapter
 from crosslora.config import Base, Config
 from crosslora.errors import UserError
 from crosslora.identity import base_identity
-from crosslora.models import load_config, load_model, resolve
+from crosslora.models import load_model, load_model_config, resolve
 from crosslora.projection.build import build_transfer
 from crosslora.projection.mapping import check_shape
 from crosslora.run_folder import RunFolder, Stage
@@ -99,7 +99,7 @@ def exported_tokenizer(chat: ChatFormat) -> PreTrainedTokenizerBase:
 
 def check_fits_base(folder: Path, base_folder: str) -> None:
     """Raise UserError where a factor does not have the shape of the base's linear."""
-    linears = discover(load_config(base_folder)).by_path()
+    linears = discover(load_model_config(base_folder)).by_path()
     for path, factor in read_adapter(folder).factors.items():
         if path not in linears:
             raise UserError(

@@ -73,7 +73,7 @@ def _download(base: Base, weights: bool) -> str:
         ) from error
 
 
-def load_config(folder: str) -> PretrainedConfig:
+def load_model_config(folder: str) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -83,7 +83,7 @@ def load_config(folder: str) -> PretrainedConfig:
 
 def context_length(folder: str, unknown: int) -> int:
     """Positions that the base was made for; `unknown` where its configuration does not say."""
-    return int(getattr(load_config(folder).get_text_config(), "max_position_embeddings", unknown))
+    return int(getattr(load_model_config(folder).get_text_config(), "max_position_embeddings", unknown))
 
 
 def load_format(folder: str, base: Base) -> ChatFormat:

@@ -16,6 +16,7 @@ from crosslora import cluster
 from crosslora.adapter import Adapter, read_adapter
 from crosslora.adapter_places import keep_source
 from crosslora.config import AdapterSource, Config
+from crosslora.endpoint import free_port, refuse_a_second_server
 from crosslora.errors import UserError
 from crosslora.evaluation.evaluate import evaluate, refuse_what_is_too_long
 from crosslora.evaluation.tasks import read_items
@@ -26,7 +27,6 @@ from crosslora.plan import make_plan
 from crosslora.progress import say
 from crosslora.redo import Redo, check_stage
 from crosslora.run_folder import STAGES, RunFolder, Stage, digest
-from crosslora.serving import free_port, refuse_a_second_server
 from crosslora.teacher.corpus import read_samples, write_verdicts
 from crosslora.teacher.filters import KEPT, count_by_verdict, verdicts
 from crosslora.teacher.prompts import read_prompts
@@ -36,7 +36,7 @@ from crosslora.training.fit import fit
 from crosslora.vllm_settings import lora_options
 
 AMOUNT = {"samples", "minutes"}
-"""How much is generated: with other values synthesis goes on from what it has, and the filter is made again."""
+"""How much is generated: with other values synthesis goes on from what it has, once `--redo filter` says so where it was filtered."""
 GENERATION = {
     "prompts",
     "top_k",

@@ -13,7 +13,7 @@ from crosslora.adapter_header import AdapterHeader, read_header
 from crosslora.config import AdapterSource, Config
 from crosslora.errors import UserError
 from crosslora.gpu_plan import GpuPlan, fit_length, gpu_plan, longest_text
-from crosslora.models import load_config, resolve
+from crosslora.models import load_model_config, resolve
 from crosslora.precision import decided
 from crosslora.projection.mapping import check_shape, layer_map
 from crosslora.sizing import BYTES, CONTEXT_BYTES, Shape, engine_memory, fit_memory
@@ -75,7 +75,7 @@ def make_plan(config: Config, gpu: str | None = None, gpus: int | None = None) -
 
     Raises UserError for a missing model, an adapter of another base, tokenizers that lose text, too little memory."""
     source_config, target_config = (
-        load_config(resolve(base, weights=False)) for base in (config.source, config.target)
+        load_model_config(resolve(base, weights=False)) for base in (config.source, config.target)
     )
     source, target = discover(source_config), discover(target_config)
     adapters = [_adapter_plan(adapter, source, target, config) for adapter in config.adapters]

@@ -224,7 +224,7 @@ def _page() -> str:
 
 
 def _end_serve_with(driver: socket.socket) -> None:
-    from crosslora.serving import end_serve
+    from crosslora.endpoint import end_serve
 
     with suppress(OSError):
         driver.recv(1)

@@ -19,15 +19,15 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 from rich.markup import escape
 
-from crosslora import __version__, serving
+from crosslora import __version__, endpoint
 from crosslora.adapter_places import Found, Places, common_base, common_source
 from crosslora.adapter_watch import Rules
 from crosslora.config import Base, Dtype
+from crosslora.endpoint import Model, Resources, serve_models
 from crosslora.errors import UserError
 from crosslora.models import context_length, load_format, resolve
 from crosslora.progress import say
 from crosslora.replica import MAX_SEQUENCES
-from crosslora.serving import Model, Resources, serve_models
 from crosslora.vllm_settings import refuse_cpu_with_gpu_build
 
 LONGEST = 4096
@@ -152,7 +152,7 @@ def _model(
     named: Base | None,
     format: str | None,
 ) -> Model:
-    rules = Rules(name, named, format, serving.limits([a.folder for a in found]))
+    rules = Rules(name, named, format, endpoint.limits([a.folder for a in found]))
     for adapter in found:
         rules.check(adapter)
     folder = resolve(base, weights=False)
@@ -166,7 +166,7 @@ def application(settings: dict[str, Any]) -> Any:
     """The same as a Ray Serve application, for `serve deploy`: every node must see the places. CROSSLORA_API_KEY in the
     cluster's environment is the bearer token."""
     checked = Settings.model_validate(settings)
-    return serving.build(models(checked), checked.resources, os.environ.get(KEY))
+    return endpoint.build(models(checked), checked.resources, os.environ.get(KEY))
 
 
 def write_config(settings: Settings, folder: Path, host: str, port: int) -> list[Path]:
@@ -193,7 +193,7 @@ def _serve_config(settings: Settings, host: str, port: int) -> str:
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
         "applications": [
             {
-                "name": serving.APPLICATION,
+                "name": endpoint.APPLICATION,
                 "route_prefix": "/",
                 "import_path": f"{__name__}:application",
                 "args": settings.model_dump(exclude_defaults=True),

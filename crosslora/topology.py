@@ -102,7 +102,7 @@ def discover(config: PretrainedConfig) -> Topology:
         model = meta_model(config)
     except (ValueError, AttributeError) as error:
         raise UserError(
-            f"base: a {config.model_type} model is none whose spaces are known ({str(error).splitlines()[0][:200]}); "
+            f"base: the layers of a {config.model_type} model are not known ({str(error).splitlines()[0][:200]}); "
             "use a decoder-only transformer"
         ) from error
     prefix = decoder_layers(model, text.num_hidden_layers)

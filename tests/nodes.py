@@ -17,7 +17,7 @@ from types import TracebackType
 
 import psutil
 
-from crosslora.serving import free_port
+from crosslora.endpoint import free_port
 
 ROOT = Path(__file__).parent.parent
 

@@ -43,6 +43,7 @@ def test_uris_are_left_alone(tmp_path: Path) -> None:
         ({"fit": {"batch_size": 5, "workers": 2}}, r"fit\.batch_size: 5 does not divide"),
         ({"synthesis": {"prompts": {"self": 0}}}, "weight above 0"),
         ({"synthesis": {"prompts": {"seeds": 1}}}, "seeds_file is missing"),
+        ({"synthesis": {"prompts": {"prompts_file": "p.jsonl"}}}, "give file a weight"),
         ({"synthesis": {"tensor_parallel": 2}}, "needs GPUs"),
         ({"evaluation": {"tasks": [{"name": "t", "path": "p", "metrics": ["bleu"]}]}}, "'bleu' is none of"),
         ({"source": {"base": "x", "chat_template": "missing.jinja"}}, "chat_template"),

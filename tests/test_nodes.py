@@ -21,10 +21,10 @@ from openai import NotFoundError, OpenAI
 from pyarrow import fs as arrow_fs
 
 from crosslora.config import Config
+from crosslora.endpoint import free_port
 from crosslora.evaluation.harness import evaluate_run
 from crosslora.run_folder import RunFolder, stage_states
 from crosslora.serve import settings, write_config
-from crosslora.serving import free_port
 from crosslora.teacher.corpus import read_samples
 from crosslora.text.templates import ChatFormat
 from tests.checkpoints import check_last_checkpoint

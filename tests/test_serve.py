@@ -10,7 +10,7 @@ import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from crosslora import serving
+from crosslora import endpoint
 from crosslora.errors import UserError
 from crosslora.serve import Settings, application, models, settings, write_config
 from tests.tiny import tiny_llama, tiny_lora
@@ -108,7 +108,7 @@ def test_the_application_has_an_engine_and_a_shelf_per_base(run: Path) -> None:
 
 def test_replicas_may_start_again_and_again() -> None:
     """Each connects to the program that started it."""
-    with serving._lifeline() as address:
+    with endpoint._lifeline() as address:
         for _ in range(300):
             socket.create_connection(address, timeout=5).close()
         with socket.create_connection(address, timeout=5) as last:

@@ -1,4 +1,4 @@
-"""What the shelf makes of reports that overlap; with real replicas: tests/test_serving.py."""
+"""What the shelf makes of reports that overlap; with real replicas: tests/test_endpoint.py."""
 
 import asyncio
 from pathlib import Path

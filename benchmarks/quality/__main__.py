@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from benchmarks.quality.answers import alone, greedy, nats
+from benchmarks.alone import alone
+from benchmarks.quality.answers import greedy, nats
 from benchmarks.quality.cells import DIRECTIONS, SEEDLESS, Cell, conditions
-from benchmarks.quality.methods import METHODS, source
+from benchmarks.quality.methods import METHODS, make_source_adapter
 from benchmarks.quality.summary import summarise
 from benchmarks.quality.tasks import TASKS
 from crosslora.evaluation.tasks import Item, score
@@ -49,7 +50,7 @@ def cells(given: argparse.Namespace) -> Iterator[Cell]:
 
 
 def run(cell: Cell) -> None:
-    source(cell)
+    make_source_adapter(cell)
     report = METHODS[cell.method](cell)
     base = cell.bases[0] if cell.method == "teacher" else cell.bases[1]
     adapter = {"target_base": None, "teacher": cell.source_adapter}.get(cell.method, cell.folder)

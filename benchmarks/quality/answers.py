@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -17,14 +15,6 @@ from benchmarks.train_adapter import DTYPE, conversations
 from crosslora.config import Base
 from crosslora.evaluation.tasks import Answer
 from crosslora.projection.student import logits_of
-
-T = TypeVar("T")
-
-
-def alone(work: Callable[..., T], *arguments: Any) -> T:
-    """Call a function of a module in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
 
 
 def greedy(base: Base, adapter: Path | None, rows: Sequence[Row], max_tokens: int) -> list[Answer]:

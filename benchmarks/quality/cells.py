@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,17 +37,27 @@ SOURCELESS = ("target_base", "oracle")
 
 
 def conditions() -> dict[str, Any]:
-    """What a result was made with: versions, and the CPU by its name and its instructions that multiply bfloat16."""
+    """What a result was made with: versions and commit, and the CPU by its name and its instructions that multiply bfloat16."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     fast = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in found.get("flags", "").split()]
     return {
         "crosslora": __version__,
+        "commit": _commit(),
         "versions": installed(),
         "cpus": len(os.sched_getaffinity(0)),
         "cpu": " ".join([found.get("model name", "unknown"), *fast]),
         "dtype": DTYPE,
     }
+
+
+def _commit() -> str:
+    """With "-dirty" where files differ from it; "" where there is no git or no repository."""
+    asked = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,8 @@ class Cell:
         )
 
     def write(self, result: dict[str, Any]) -> None:
+        if self.method not in SOURCELESS:
+            result = {"source_steps": self.setting.source_steps} | result
         self.result_file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.result_file.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(asdict(self) | result) + "\n")

@@ -89,11 +89,11 @@ def distil(
     if config.fit.rehearsal and not cross_entropy:  # on text alone its own text would teach it nothing
         train += rehearsal(student.base, pair, train, config.fit.rehearsal, seed)
     batches = ([train[i] for i in indices] for indices in batch_indices(train, config.fit.batch_size, seed))
-    tokens, looks = train_student(student, batches, held_out, config.fit)
-    seconds = time.monotonic() - started
+    rate, looks = train_student(student, batches, held_out, config.fit)
+    minutes = (time.monotonic() - started) / 60
     with torch.no_grad():
         factors = {path: LoraFactors(A.contiguous(), B.contiguous()) for path, (A, B) in module().items()}
-    return Distilled(factors, seconds / 60, tokens / seconds, looks)
+    return Distilled(factors, minutes, rate, looks)
 
 
 def _text_alone(example: Example) -> Example:
@@ -103,17 +103,18 @@ def _text_alone(example: Example) -> Example:
 
 def train_student(
     student: Student, batches: Iterator[list[Example]], held_out: list[Example], fit: Fit
-) -> tuple[int, dict[int, float]]:
-    """Every step as crosslora.training.loop takes it; returns the tokens that went in, and the looks at the held-out
-    samples. The best look is kept; without such samples, the last step."""
+) -> tuple[float, dict[int, float]]:
+    """Every step as crosslora.training.loop takes it; returns the tokens per second of the steps alone, and the looks at the
+    held-out samples. The best look is kept; without such samples, the last step."""
     module = student.projection
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=fit.learning_rate, weight_decay=0.0)
     looks: dict[int, float] = {}
     best: dict[str, Any] = {}
-    tokens = 0
+    tokens, seconds = 0, 0.0
     with progress("distil", fit.steps, "steps") as meter:
         for step, examples in enumerate(islice(batches, fit.steps), 1):
+            started = time.monotonic()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(fit, step - 1)
             batch = collate(examples)
@@ -123,6 +124,7 @@ def train_student(
             optimizer.step()
             optimizer.zero_grad()
             tokens += sum(example.length for example in examples)
+            seconds += time.monotonic() - started
             meter.advance(1, f"loss {float(loss.detach()):.3f}")
             if held_out and (step % fit.evaluate_every == 0 or step == fit.steps):
                 looks[step] = _held_out_loss(student, held_out)
@@ -130,7 +132,7 @@ def train_student(
                     best = copy.deepcopy(module.state_dict())
     if best:
         module.load_state_dict(best)
-    return tokens, looks
+    return tokens / seconds, looks
 
 
 def _loss(student: Student, batch: Batch, loss: Callable[..., torch.Tensor]) -> torch.Tensor:
@@ -167,7 +169,7 @@ class _Given(nn.Module):
 
 
 def teacher_kl(config: Config, factors: dict[str, LoraFactors], samples: list[Sample]) -> float:
-    """KL(teacher || target base with these factors), nats per response token."""
+    """KL(teacher || target base with these factors), nats per strict position."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     pair = TokenizerPair.load(config.source, config.target)
     adapter = read_adapter(config.adapters[0].path)

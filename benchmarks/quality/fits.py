@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import crosslora
-from benchmarks.quality.answers import alone
+from benchmarks.alone import alone
 from benchmarks.quality.cells import WORK, Cell, conditions
 from benchmarks.quality.distil import distil, teacher_kl
-from benchmarks.quality.methods import corpus_stages, source, with_residual
+from benchmarks.quality.methods import corpus_stages, make_source_adapter, with_residual
 from crosslora.config import Config, Prompts
 from crosslora.progress import say
 from crosslora.run_folder import RunFolder
@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    source(CELL)
+    make_source_adapter(CELL)
     config = CELL.config()
     crosslora.transfer(config, until="filter")
     real = _real(config)

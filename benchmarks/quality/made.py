@@ -34,6 +34,7 @@ SENTENCES = (
     "Call {name} before {time}: {n} {things} cost {price}.",
 )
 PHRASINGS = 5
+COMPANIES = 40
 
 
 def number(n: int) -> str:
@@ -134,10 +135,10 @@ QUESTIONS = {
 }
 
 
-def facts(chooser: random.Random, companies: int = 40) -> list[dict[str, str]]:
+def facts(chooser: random.Random) -> list[dict[str, str]]:
     """PHRASINGS rows in a row for every fact, in an order of its own."""
     names: dict[str, None] = {}
-    while len(names) < companies:
+    while len(names) < COMPANIES:
         names["".join(chooser.sample(SYLLABLES, 3)).capitalize()] = None
     rows = []
     for name in names:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 import crosslora
+from benchmarks.alone import alone
 from benchmarks.quality import closed
-from benchmarks.quality.answers import alone, plain_prompts
+from benchmarks.quality.answers import plain_prompts
 from benchmarks.quality.cells import BATCH, WORK, Cell
 from benchmarks.quality.distil import PlainLora, distil
 from benchmarks.quality.tasks import Row
@@ -37,22 +38,19 @@ VALIDATION = 100
 """Training rows that only choose the oracle's learning rate."""
 
 
-def source(cell: Cell) -> Report:
+def make_source_adapter(cell: Cell) -> None:
     """The adapter that is to be moved; rows and recipe are the same whatever the random seed."""
     folder = cell.source_adapter
     if (folder / "adapter_config.json").exists():
-        return {}
+        return
     setting = cell.setting
     recipe = Recipe(steps=setting.source_steps, batch_size=BATCH, completions_only=setting.completions_only)
     base, rows = cell.bases[0], cell.rows[0]
-    return alone(_train_into, base, rows, recipe, folder, "source adapter")
+    alone(_train_into, base, rows, recipe, folder, "source adapter")
 
 
-def target_base(cell: Cell) -> Report:
-    return {}
-
-
-def teacher(cell: Cell) -> Report:
+def as_it_is(cell: Cell) -> Report:
+    """Target base and teacher are there already."""
     return {}
 
 
@@ -175,25 +173,21 @@ def corpus_stages(cell: Cell) -> tuple[str, str]:
 
 def plain_kl(cell: Cell) -> Report:
     """With the learning rate of the projection, which was not tuned for it."""
-    return _distilled(cell, _plain, False)
+    return _distilled(cell, PlainLora)
 
 
 def plain_ce(cell: Cell) -> Report:
     """On the teacher's text alone: what Trans-LoRA and TiTok come to."""
-    return _distilled(cell, _plain, True)
+    return _distilled(cell, PlainLora, cross_entropy=True)
 
 
 def projection_only(cell: Cell) -> Report:
-    return _distilled(cell, _projection_only, False)
+    return _distilled(cell, _projection_only)
 
 
 def full_projection(cell: Cell) -> Report:
     """Without residual, and all of P learned instead of its part on the span."""
-    return _distilled(cell, _full_projection, False)
-
-
-def _plain(transfer: Transfer, random_seed: int) -> PlainLora:
-    return PlainLora(transfer, random_seed)
+    return _distilled(cell, _full_projection)
 
 
 def with_residual(transfer: Transfer, random_seed: int) -> Any:
@@ -209,7 +203,7 @@ def _full_projection(transfer: Transfer, random_seed: int) -> Any:
     return transfer.projection(residual=False, full=True)
 
 
-def _distilled(cell: Cell, build: Callable[[Transfer, int], Any], cross_entropy: bool) -> Report:
+def _distilled(cell: Cell, build: Callable[[Transfer, int], Any], *, cross_entropy: bool = False) -> Report:
     config = cell.config()
     crosslora.transfer(config, until="filter")
     made = alone(distil, config, corpus_stages(cell), build, cross_entropy)
@@ -227,7 +221,7 @@ def untrained(cell: Cell) -> Report:
     source_base, target = cell.bases
     folders = resolve(source_base), resolve(target)
     write_adapter(
-        cell.folder, baseline(cell.method, _transfer(cell), *folders, cell.random_seed), target.base
+        cell.folder, baseline(cell.method, transfer_of(cell), *folders, cell.random_seed), target.base
     )
     return {}
 
@@ -252,29 +246,29 @@ def _closed(cell: Cell, make: Callable[[Cell], dict[str, LoraFactors]]) -> Repor
 
 
 def _cross_lora(cell: Cell) -> dict[str, LoraFactors]:
-    return closed.cross_lora(_transfer(cell), *cell.bases, None)
+    return closed.cross_lora(transfer_of(cell), *cell.bases, None)
 
 
 def _cross_lora_signs(cell: Cell) -> dict[str, LoraFactors]:
-    return closed.cross_lora(_transfer(cell), *cell.bases, torch.Generator().manual_seed(cell.random_seed))
+    return closed.cross_lora(transfer_of(cell), *cell.bases, torch.Generator().manual_seed(cell.random_seed))
 
 
 def _procrustes(cell: Cell) -> dict[str, LoraFactors]:
-    transfer, pair = _transfer(cell), TokenizerPair.load(*cell.bases)
+    transfer, pair = transfer_of(cell), TokenizerPair.load(*cell.bases)
     train, _ = read_corpus(RunFolder.open(cell.config().run), *corpus_stages(cell))
     texts = [f"{sample.prompt}\n{sample.response}" for sample in train[:ALIGNED]]
     maps = closed.activation_maps(transfer, *cell.bases, pair, texts)
     return transfer.untrained(maps).lora_factors()
 
 
-def _transfer(cell: Cell) -> Transfer:
+def transfer_of(cell: Cell) -> Transfer:
     adapter, pair = read_adapter(cell.source_adapter), TokenizerPair.load(*cell.bases)
     return build_transfer(adapter, *cell.bases, pair, cell.random_seed)
 
 
 METHODS: dict[str, Callable[[Cell], Report]] = {
-    "target_base": target_base,
-    "teacher": teacher,
+    "target_base": as_it_is,
+    "teacher": as_it_is,
     "default": default,
     "five_seeds": five_seeds,
     "generic": generic,

@@ -28,16 +28,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import crosslora
-from benchmarks.quality.answers import alone, greedy
+from benchmarks.alone import alone
+from benchmarks.quality.answers import greedy
 from benchmarks.quality.cells import WORK, Cell, conditions
 from benchmarks.quality.distil import distil, teacher_kl, train_student
-from benchmarks.quality.methods import corpus_stages, source, with_residual
-from crosslora.adapter import LoraFactors, read_adapter, write_adapter
+from benchmarks.quality.methods import corpus_stages, make_source_adapter, transfer_of, with_residual
+from crosslora.adapter import LoraFactors, write_adapter
 from crosslora.config import Fit
 from crosslora.evaluation.tasks import Item, score
 from crosslora.models import load_model, resolve
 from crosslora.precision import chosen
-from crosslora.projection.build import Transfer, build_transfer
+from crosslora.projection.build import Transfer
 from crosslora.projection.projection import UNIT, Factors, Projection, span_basis
 from crosslora.projection.student import Student
 from crosslora.run_folder import RunFolder
@@ -60,7 +61,7 @@ def main() -> None:
     task = parser.parse_args().held_out
     cells = {name: Cell("smollm2-gemma3", name, "default", 0) for name in TASKS}
     for cell in cells.values():
-        source(cell)
+        make_source_adapter(cell)
         crosslora.transfer(cell.config(), until="filter")
     held_out = cells.pop(task)
     maps = WORK / "pairs" / f"without-{task}.safetensors"
@@ -69,7 +70,7 @@ def main() -> None:
     entry = {
         "held_out": task,
         "fitted": list(cells),
-        "outside": outside(_transfer(held_out), [_transfer(cell) for cell in cells.values()]),
+        "outside": outside(transfer_of(held_out), [transfer_of(cell) for cell in cells.values()]),
     }
     entry |= {"moved": _moved(held_out, maps), "starts": _starts(held_out, maps)} | conditions()
     RESULTS.write_text(json.dumps([e for e in found if e["held_out"] != task] + [entry], indent=1) + "\n")
@@ -107,7 +108,7 @@ def fit_together(cells: list[Cell], file: Path) -> None:
     """Batches of one adapter after the other, as many steps as a fit of one."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     fit = cells[0].config().fit
-    transfers = [_transfer(cell) for cell in cells]
+    transfers = [transfer_of(cell) for cell in cells]
     corpora = [_examples(cell) for cell in cells]
     use_plain_attention(example.length for examples in corpora for example in examples)
     module = Together(transfers)
@@ -157,7 +158,7 @@ def from_maps(file: Path, residual: bool, transfer: Transfer, random_seed: int) 
 
 
 def moved_factors(cell: Cell, maps: Path) -> dict[str, LoraFactors]:
-    return from_maps(maps, False, _transfer(cell), 0).lora_factors()
+    return from_maps(maps, False, transfer_of(cell), 0).lora_factors()
 
 
 def _moved(cell: Cell, maps: Path) -> dict[str, Any]:
@@ -183,11 +184,6 @@ def _starts(cell: Cell, maps: Path) -> dict[str, dict[int, float]]:
         name: alone(distil, config, corpus_stages(cell), build, False).held_out
         for name, build in starts.items()
     }
-
-
-def _transfer(cell: Cell) -> Transfer:
-    pair = TokenizerPair.load(*cell.bases)
-    return build_transfer(read_adapter(cell.source_adapter), *cell.bases, pair, cell.random_seed)
 
 
 def _examples(cell: Cell) -> list[Example]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.cells import DIRECTIONS, Cell
+from benchmarks.quality.cells import DIRECTIONS, SOURCELESS, Cell
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.tasks import TASKS
 
@@ -38,6 +38,10 @@ def _rows(direction: str, task: str, metric: str) -> list[dict[str, Any]]:
         for method in METHODS
         for path in sorted(Cell(direction, task, method, 0).result_file.parent.glob(f"{method}-*.json"))
     ]
+    sources = {cell["source_steps"] for cell in cells if cell["method"] not in SOURCELESS}
+    assert len(sources) <= 1, (
+        f"{direction}/{task}: source adapters of {sources} steps; make the older cells again"
+    )
     scores = {
         method: [np.array(cell["scores"][metric]) for cell in cells if cell["method"] == method]
         for method in METHODS

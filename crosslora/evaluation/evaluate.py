@@ -11,6 +11,7 @@ import numpy as np
 
 from crosslora.adapter import Adapter, write_adapter
 from crosslora.config import HELD_OUT, Base, Config, Task
+from crosslora.endpoint import Model, Resources, serve_models
 from crosslora.errors import UserError
 from crosslora.evaluation.baselines import baseline
 from crosslora.evaluation.client import ask
@@ -31,7 +32,6 @@ from crosslora.models import context_length, resolve
 from crosslora.precision import decided
 from crosslora.projection.build import build_transfer
 from crosslora.run_folder import RunFolder, Stage
-from crosslora.serving import Model, Resources, serve_models
 from crosslora.teacher.corpus import read_corpus
 from crosslora.text.pair import TokenizerPair
 from crosslora.text.templates import ChatFormat

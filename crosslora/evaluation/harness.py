@@ -20,6 +20,7 @@ from crosslora import cluster
 from crosslora.adapter import read_adapter
 from crosslora.adapter_places import OF_TEACHER, kept_source
 from crosslora.config import AdapterSource, Base, Config, Task
+from crosslora.endpoint import serve_models
 from crosslora.errors import UserError
 from crosslora.evaluation.client import ask, served_models
 from crosslora.evaluation.evaluate import (
@@ -37,7 +38,6 @@ from crosslora.evaluation.tasks import answer_tokens, read_items, score
 from crosslora.models import context_length, load_tokenizer, resolve
 from crosslora.progress import output, say
 from crosslora.run_folder import RunFolder, config_of_run
-from crosslora.serving import serve_models
 from crosslora.text.pair import TokenizerPair
 from crosslora.text.templates import ChatFormat
 
@@ -85,7 +85,9 @@ def find_benchmarks(names: Sequence[str], task_data: Path | None, items: int | N
     named = [name for name in names if FILE not in name]
     all_names = [*named, *(task.name for task in own)]
     if twice := next((name for name in all_names if all_names.count(name) > 1), None):
-        raise UserError(f"--tasks: two tasks are named {twice!r}; rename a file, or ask twice")
+        raise UserError(
+            f"--tasks: two tasks are named {twice!r}; rename a file, or run the command once for each"
+        )
     if not named:
         return Benchmarks({}, own=own)
     return replace(_of_harness(named, task_data, items), own=own)

@@ -12,6 +12,9 @@ import numpy as np
 from crosslora.errors import UserError
 
 Pairs = frozenset[tuple[str, str]]
+TAILS = (0.025, 0.975)
+"""Of all intervals."""
+RESAMPLES = 2000
 
 
 def exact_match(pred: str, ref: str) -> float:
@@ -137,46 +140,37 @@ class RecoveredGain:
     reason: str | None = None
 
 
-def bootstrap_interval(
-    values: np.ndarray, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval (Efron 1979) of the mean of `values` [n]; ValueError where n is 0."""
-    return _interval(_resampled_means(resamples, seed, values)[:, 0], level)
+def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
+    """95% percentile bootstrap interval (Efron 1979) of the mean of `values` [n]; ValueError where n is 0.
+
+    Without width where all values are alike, however few they are.
+    """
+    return _interval(_resampled_means(values)[:, 0])
 
 
-def paired_difference(
-    a: np.ndarray, b: np.ndarray, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
+def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     """Mean of a - b over the same items [n], with its bootstrap interval: (mean, low, high)."""
     _check_paired(a, b)
-    low, high = bootstrap_interval(a - b, level=level, resamples=resamples, seed=seed)
+    low, high = bootstrap_interval(a - b)
     return float(np.mean(a - b)), low, high
 
 
-def recovered_gain(
-    student: np.ndarray,
-    base: np.ndarray,
-    reference: np.ndarray,
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> RecoveredGain:
+def recovered_gain(student: np.ndarray, base: np.ndarray, reference: np.ndarray) -> RecoveredGain:
     """Share of the reference's gain over the base that the student has; scores of the same items [n].
 
     The interval draws items for all three at once. Draws in which the reference gains nothing have no ratio and
-    are left out: at most (1 - level) / 2 of them, because a gain whose own interval reaches 0 gives no value.
+    are left out: at most 2.5% of them, because a gain whose own interval reaches 0 gives no value.
     """
     _check_paired(student, base, reference)
-    gain, low, high = paired_difference(reference, base, level=level, resamples=resamples, seed=seed)
+    gain, low, high = paired_difference(reference, base)
     if low <= 0:
         reason = (
             f"nothing to recover: the reference gains {gain:.3f} over the base, in [{low:.3f}, {high:.3f}]"
         )
         return RecoveredGain(None, None, None, reason)
-    means = _resampled_means(resamples, seed, student - base, reference - base)
+    means = _resampled_means(student - base, reference - base)
     means = means[means[:, 1] > 0]
-    return RecoveredGain(float(np.mean(student - base)) / gain, *_interval(means[:, 0] / means[:, 1], level))
+    return RecoveredGain(float(np.mean(student - base)) / gain, *_interval(means[:, 0] / means[:, 1]))
 
 
 def _check_paired(*series: np.ndarray) -> None:
@@ -184,17 +178,17 @@ def _check_paired(*series: np.ndarray) -> None:
         raise ValueError(f"scores are not of the same items: shapes {[values.shape for values in series]}")
 
 
-def _resampled_means(resamples: int, seed: int, *series: np.ndarray) -> np.ndarray:
-    """Means [resamples, len(series)] of items drawn with replacement, the same items for every series."""
+def _resampled_means(*series: np.ndarray) -> np.ndarray:
+    """Means [RESAMPLES, len(series)] of items drawn with replacement, the same items for every series."""
     stacked = np.stack(series)
     if stacked.ndim != 2 or stacked.shape[1] == 0:
         raise ValueError(
             f"scores are one number for each of at least one item, not of shape {series[0].shape}"
         )
-    rng, items = np.random.default_rng(seed), stacked.shape[1]
-    return np.array([stacked[:, rng.integers(items, size=items)].mean(axis=1) for _ in range(resamples)])
+    rng, items = np.random.default_rng(0), stacked.shape[1]
+    return np.array([stacked[:, rng.integers(items, size=items)].mean(axis=1) for _ in range(RESAMPLES)])
 
 
-def _interval(means: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+def _interval(means: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(means, TAILS)
     return float(low), float(high)

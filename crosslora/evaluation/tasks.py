@@ -51,8 +51,8 @@ def read_items(task: Task, field: str = "evaluation.tasks") -> list[Item]:
             items.append(Item(_text(row["prompt"]), _text(row["completion"])))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{field}: {task.path} line {number} is no object with the texts prompt and completion; mend the "
-                "line"
+                f"{field}: {task.path} line {number} is no object with the text fields `prompt` and `completion`; "
+                "mend the line"
             ) from error
     for metric in task.metrics:  # a metric refuses a reference that it cannot read: before hours of work
         for number, item in enumerate(items, 1):

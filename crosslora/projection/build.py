@@ -8,7 +8,7 @@ import torch
 
 from crosslora.adapter import Adapter
 from crosslora.config import Base
-from crosslora.models import embedding_rows, load_config, resolve
+from crosslora.models import embedding_rows, load_model_config, resolve
 from crosslora.projection.initial import MOST_SHARED_TOKENS, residual_map, start_maps
 from crosslora.projection.mapping import Slot, build_slots
 from crosslora.projection.projection import Projection
@@ -39,8 +39,8 @@ def build_transfer(
 ) -> Transfer:
     source_folder, target_folder = resolve(source), resolve(target)
     source_topology, target_topology = (
-        discover(load_config(source_folder)),
-        discover(load_config(target_folder)),
+        discover(load_model_config(source_folder)),
+        discover(load_model_config(target_folder)),
     )
     slots = build_slots(adapter.factors, source_topology, target_topology)
     shared = torch.from_numpy(pair.shared[:MOST_SHARED_TOKENS])

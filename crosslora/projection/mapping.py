@@ -71,7 +71,8 @@ def split_roles(
         linear = linears.get(path)
         if linear is None:
             raise UserError(
-                f"adapter: {path} is no linear of the source base that maps to a space; drop it or change base"
+                f"adapter: {path} is no linear of the source base that maps to a space; remove it from "
+                "the adapter, or give the base that it was trained on"
             )
         check_shape(path, linear, (factor.B.shape[0], factor.A.shape[1]))
         for role, B_s in zip(linear.roles, factor.B.split(linear.widths), strict=True):

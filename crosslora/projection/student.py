@@ -66,7 +66,7 @@ def check_logits(base: PreTrainedModel) -> None:
     ours = logits_of(base, base.base_model(input_ids=ids).last_hidden_state).float()
     if (own - ours).abs().max() > LOGITS_TOLERANCE * own.abs().max():
         raise UserError(
-            f"target.base: {type(base).__name__} makes something of its logits that is not known here; use another base"
+            f"target.base: {type(base).__name__} computes its logits in a way that crosslora does not know; use another base"
         )
 
 

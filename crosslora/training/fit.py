@@ -115,13 +115,13 @@ def check_corpus(config: Config, stage: Stage, corpus: tuple[str, str]) -> float
         raise UserError(
             f"fit: {len(train)} samples to train on and {len(held_out)} held out are left; {left_out} are longer than "
             f"fit.max_tokens = {config.fit.max_tokens} or cannot be written with the target's tokens: raise it, or "
-            "synthesis.samples, or lower fit.batch_size"
+            "synthesis.samples (--redo filter), or lower fit.batch_size"
         )
     reach = coverage(example.targets for example in train)
     if reach < config.fit.min_coverage:
         raise UserError(
             f"fit: coverage {reach:.2f} is below fit.min_coverage = {config.fit.min_coverage}: too few of the "
-            "student's tokens line up with the teacher's; lower the floor to train on the teacher's text alone"
+            "student's tokens line up with the teacher's; lower it to train on the teacher's text alone"
         )
     stage.event(
         "corpus", train=len(train), held_out=len(held_out), left_out=left_out, coverage=round(reach, 4)
@@ -163,7 +163,7 @@ def _finish(result: Any, stage: Stage, watcher: _Watcher, reach: float, dtype: s
             "held_out_loss": reached.best_loss,
             "held_out_kl": {"target_base": reached.start_kl, "student": reached.best_kl},
             "coverage": round(reach, 4),
-            "tokens_per_second": watcher.mean_rate(),
+            "tokens_per_second": watcher.rate(),
         }
     )
 
@@ -176,7 +176,7 @@ class _Watcher:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._held_out = ""
-        self._rates: list[float] = []
+        self._tokens = self._seconds = 0.0
 
     def __enter__(self) -> _Watcher:
         self._thread.start()
@@ -186,8 +186,9 @@ class _Watcher:
         self._stop.set()
         self._thread.join()
 
-    def mean_rate(self) -> float | None:
-        return round(sum(self._rates) / len(self._rates), 1) if self._rates else None
+    def rate(self) -> float | None:
+        """Tokens per second of the steps of this start, without what is between them."""
+        return round(self._tokens / self._seconds, 1) if self._seconds else None
 
     def _watch(self) -> None:
         with progress("fit", self._steps, "steps") as meter:
@@ -207,5 +208,6 @@ class _Watcher:
         elif event["event"] == "held_out":
             self._held_out = f"held-out {event['loss']:.4f}"
         else:
-            self._rates.append(event["tokens_per_second"])
+            self._tokens += event["tokens"]
+            self._seconds += event["seconds"]
             meter.advance(event["step"] - meter.done, f"loss {event['loss']:.3f} {self._held_out}")

@@ -176,7 +176,8 @@ class Loop:
                 "step",
                 step=self.progress.step,
                 loss=loss,
-                tokens_per_second=round(tokens / (time.monotonic() - started), 1),
+                tokens=tokens,
+                seconds=round(time.monotonic() - started, 4),
             )
             last = self.progress.step == self.fit.steps
             if last or self.progress.step % self.fit.evaluate_every == 0:

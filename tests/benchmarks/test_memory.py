@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.memory import CALIBRATION, FILE, POINTS, compared, point_of, settings
-from crosslora.models import load_config, resolve
+from crosslora.models import load_model_config, resolve
 from crosslora.sizing import HEAP, Shape
 
 MEASURED: dict[str, Any] = json.loads(FILE.read_text())
@@ -15,7 +15,7 @@ MEASURED: dict[str, Any] = json.loads(FILE.read_text())
 def test_every_point_was_measured_on_a_base_of_100m_and_more() -> None:
     assert [point_of(row) for row in MEASURED["points"]] == POINTS and len(POINTS) >= 12
     for point in POINTS:
-        assert Shape.of(load_config(resolve(settings(point).target))).parameters >= 100e6
+        assert Shape.of(load_model_config(resolve(settings(point).target))).parameters >= 100e6
 
 
 @pytest.mark.parametrize("row", MEASURED["points"], ids=lambda row: str(point_of(row)))

@@ -35,7 +35,7 @@ def test_a_reference_that_the_metric_cannot_read_is_refused(tmp_path: Path, metr
 )
 def test_what_is_no_text_is_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "t.jsonl").write_text(line + "\n")
-    with pytest.raises(UserError, match="line 1 is no object with the texts"):
+    with pytest.raises(UserError, match="line 1 is no object with the text fields"):
         read_items(Task(name="t", path=tmp_path / "t.jsonl"))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from crosslora.serving import free_port
+from crosslora.endpoint import free_port
 from tests.tiny import bare_config, tiny_gemma
 
 

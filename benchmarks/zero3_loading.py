@@ -1,6 +1,6 @@
-"""Private memory of a fit worker while ZeRO-3 loads its share of a base; writes benchmarks/load.json.
+"""Private memory of a fit worker while ZeRO-3 loads its share of a base; writes benchmarks/zero3_loading.json.
 
-    python -m benchmarks.load
+    python -m benchmarks.zero3_loading
 
 A Llama of 409M random weights, loaded by 1, 2 and 4 workers, each a process. Private is what is no page of a file
 (RssAnon): the most while it loads, less what it was before, the most of all workers. `tensors` is what a worker holds
@@ -62,7 +62,7 @@ def measure(shape: dict[str, int], workers: tuple[int, ...]) -> list[dict[str, A
     with tempfile.TemporaryDirectory() as folder:
         largest = make(folder, shape)
         for count in workers:
-            command = ["-m", "benchmarks.load", "--worker", folder, str(count)]
+            command = ["-m", "benchmarks.zero3_loading", "--worker", folder, str(count)]
             reported = run_workers(command, count, cluster.fit_environment(3, checkpointing=False))
             private = max(report["private"] for report in reported)
             share = max(report["share"] for report in reported)
@@ -80,7 +80,7 @@ def main() -> None:
         print(json.dumps(worker(folder, int(workers))))
         return
     rows = measure(SHAPE, WORKERS)
-    (HERE / "load.json").write_text(
+    (HERE / "zero3_loading.json").write_text(
         json.dumps({"shape": SHAPE, "torch": torch.__version__, "rows": rows}, indent=2) + "\n"
     )
     for row in rows:

@@ -32,13 +32,13 @@ from transformers import GenerationConfig
 import crosslora
 from crosslora import cluster
 from crosslora.config import Base, Cluster
+from crosslora.endpoint import Model, Resources, serve_models
 from crosslora.errors import UserError
 from crosslora.evaluation.choices import ChoicesAtOnce
 from crosslora.evaluation.client import GREEDY, ask
 from crosslora.evaluation.harness import ask_harness, find_benchmarks, headline
 from crosslora.evaluation.likelihood import reference_nats
 from crosslora.evaluation.tasks import Item, answer_ids
-from crosslora.serving import Model, Resources, serve_models
 from crosslora.text.templates import ChatFormat
 from crosslora.vllm_settings import environment, lora_options
 from tests.browser import PROGRAM, open_page

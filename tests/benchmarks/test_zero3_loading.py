@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.load import SHAPE, measure
+from benchmarks.zero3_loading import SHAPE, measure
 
 
 @pytest.mark.real

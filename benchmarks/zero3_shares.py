@@ -1,6 +1,6 @@
-"""What a worker holds of what ZeRO-3 divides, with 1, 2 and 4 workers; writes benchmarks/shards.json and a chart.
+"""What a worker holds of what ZeRO-3 divides, with 1, 2 and 4 workers; writes benchmarks/zero3_shares.json and a chart.
 
-    python -m benchmarks.shards
+    python -m benchmarks.zero3_shares
 
 Two real steps of the reverse example (SmolLM2 135M as the student) per number of workers, each a process; the bytes of
 a worker's own shares, the most of all workers. Needs the demo's models (`make models`).
@@ -40,12 +40,12 @@ def chart(rows: list[dict[str, Any]]) -> None:
     )
     axes.set(xlabel="workers", ylabel="MB of each worker")
     axes.legend()
-    figure.savefig(HERE / "shards.png", dpi=120, bbox_inches="tight")
+    figure.savefig(HERE / "zero3_shares.png", dpi=120, bbox_inches="tight")
 
 
 def main() -> None:
     rows = [measure(workers) for workers in WORKERS]
-    (HERE / "shards.json").write_text(json.dumps(rows, indent=2) + "\n")
+    (HERE / "zero3_shares.json").write_text(json.dumps(rows, indent=2) + "\n")
     chart(rows)
     for row in rows:
         share = row["total"] * row["workers"] / rows[0]["total"]
