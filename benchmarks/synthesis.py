@@ -58,9 +58,9 @@ def run_crosslora(config: Config, samples: int, prompts_file: Path) -> dict[str,
         teacher = synthesize.Teacher(
             config.source, config.adapters[0].path, config.synthesis, seed=0, board=Mock()
         )
-    teacher.shard(0, WARM_UP)
+    teacher.shard(0, WARM_UP, None)
     started = time.perf_counter()
-    tokens = sum(len(sample.response_ids) for sample in teacher.shard(1, samples))
+    tokens = sum(len(sample.response_ids) for sample in teacher.shard(1, samples, None))
     whole = time.perf_counter() - started
     speed = {"tokens_per_second": tokens / answering[0], "shard_tokens_per_second": tokens / whole}
     return {"tokens": tokens, **speed, "response_seconds": answering[0], "shard_seconds": whole}

@@ -220,8 +220,8 @@ class Cluster(_Section):
     """Ray cluster to use: None starts one in this process (or uses RAY_ADDRESS), "auto" joins the running one."""
     gpus_per_engine: int = Field(0, ge=0)
     """GPUs of one engine's tensor-parallel rank, whole ones: vLLM takes what a card has. 0 runs vLLM's CPU build."""
-    gpus_per_worker: float = Field(0, ge=0)
-    """GPUs of one fit worker; 0 trains on CPU."""
+    gpus_per_worker: int = Field(0, ge=0, le=1)
+    """1: every fit worker has a GPU of its own; 0 trains on CPU."""
     wait_seconds: float = Field(600, gt=0)
     """How long to wait for the cluster to provide what a stage needs."""
 

@@ -21,12 +21,13 @@ from crosslora.config import Base, Config
 from crosslora.errors import UserError
 from crosslora.identity import base_identity
 from crosslora.models import load_model, load_model_config, resolve
-from crosslora.projection.build import build_transfer
+from crosslora.projection.build import projection_from
 from crosslora.projection.mapping import check_shape
 from crosslora.run_folder import RunFolder, Stage
 from crosslora.text.pair import TokenizerPair
 from crosslora.text.templates import ChatFormat
 from crosslora.topology import discover
+from crosslora.training.checkpoint import LEARNED, START
 
 PROBE = "The quick brown fox jumps over the lazy dog."
 CARD = """---
@@ -69,11 +70,12 @@ def export(
 ) -> dict[str, Any]:
     """Write the PEFT folder, reopen and check it; returns the manifest."""
     pair = TokenizerPair.load(config.source, config.target)
-    transfer = build_transfer(adapter, config.source, config.target, pair, config.fit.random_seed)
-    projection = transfer.projection(residual=config.fit.residual)
-    learned = load_tensors(fitted.folder.read_bytes(f"{fitted.name}/projection.safetensors"))
-    unknown = projection.load_state_dict(_own_names(learned), strict=False).unexpected_keys
-    assert not unknown, unknown  # what is missing are buffers, made again above; nothing learned may get lost
+    start, learned = (
+        load_tensors(fitted.folder.read_bytes(f"{fitted.name}/{file}")) for file in (START, LEARNED)
+    )
+    residual = config.fit.residual
+    projection = projection_from(start, adapter, config.source, config.target, residual=residual)
+    projection.load_state_dict(start | _own_names(learned))
     identity = base_identity(config.target)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -81,6 +81,18 @@ def load_model_config(folder: str) -> PretrainedConfig:
     return config
 
 
+def trainable_config(folder: str) -> PretrainedConfig:
+    """Of a target base; raises UserError where gradients cannot pass through its weights."""
+    config = load_model_config(folder)
+    if quantization := getattr(config, "quantization_config", None):
+        kind = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
+        raise UserError(
+            f"target.base: {folder} is quantized ({kind}), and a fit needs its weights as they were; give the base that it "
+            "was made from"
+        )
+    return config
+
+
 def context_length(folder: str, unknown: int) -> int:
     """Positions that the base was made for; `unknown` where its configuration does not say."""
     return int(getattr(load_model_config(folder).get_text_config(), "max_position_embeddings", unknown))
@@ -114,7 +126,10 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 def load_model(folder: str, dtype: str) -> PreTrainedModel:
     """The frozen causal LM, in evaluation mode; `auto` is what its configuration says, as a rule the dtype of its
     files: then the weights are views of them, and take no memory of their own."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    options = {}
+    if getattr(load_model_config(folder).get_text_config(), "attn_logit_softcapping", None):
+        options["attn_implementation"] = "eager"  # the fused kernel leaves Gemma 2's cap out; vLLM has it
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     model.requires_grad_(False)
     return model.eval()
 

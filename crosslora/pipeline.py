@@ -22,7 +22,7 @@ from crosslora.evaluation.evaluate import evaluate, refuse_what_is_too_long
 from crosslora.evaluation.tasks import read_items
 from crosslora.export import export
 from crosslora.identity import base_identity, prompt_identity, source_identity, task_identity
-from crosslora.models import embedding_place, resolve
+from crosslora.models import embedding_place, resolve, trainable_config
 from crosslora.plan import make_plan
 from crosslora.progress import say
 from crosslora.redo import Redo, check_stage
@@ -125,6 +125,7 @@ def check_inputs(config: Config) -> None:
     for adapter in config.adapters:
         read_adapter(adapter.path)
     lora_options([adapter.path for adapter in config.adapters])  # evaluation serves them with vLLM
+    trainable_config(resolve(config.target, weights=False))
     pair = TokenizerPair.load(config.source, config.target)
     for base, chat in ((config.source, pair.teacher), (config.target, pair.student)):
         embedding_place(resolve(base))

@@ -13,7 +13,7 @@ from crosslora.adapter_header import AdapterHeader, read_header
 from crosslora.config import AdapterSource, Config
 from crosslora.errors import UserError
 from crosslora.gpu_plan import GpuPlan, fit_length, gpu_plan, longest_text
-from crosslora.models import load_model_config, resolve
+from crosslora.models import load_model_config, resolve, trainable_config
 from crosslora.precision import decided
 from crosslora.projection.mapping import check_shape, layer_map
 from crosslora.sizing import BYTES, CONTEXT_BYTES, Shape, engine_memory, fit_memory
@@ -74,9 +74,8 @@ def make_plan(config: Config, gpu: str | None = None, gpus: int | None = None) -
     """The plan; with `gpu`, a key of gpus.GPUS, also for `gpus` of that kind, or for as few as will do.
 
     Raises UserError for a missing model, an adapter of another base, tokenizers that lose text, too little memory."""
-    source_config, target_config = (
-        load_model_config(resolve(base, weights=False)) for base in (config.source, config.target)
-    )
+    source_config = load_model_config(resolve(config.source, weights=False))
+    target_config = trainable_config(resolve(config.target, weights=False))
     source, target = discover(source_config), discover(target_config)
     adapters = [_adapter_plan(adapter, source, target, config) for adapter in config.adapters]
     pair = TokenizerPair.load(config.source, config.target)

@@ -32,6 +32,7 @@ from crosslora.gpus import GPUS
 from crosslora.projection.initial import random_map
 from crosslora.projection.mapping import build_slots
 from crosslora.projection.projection import Projection
+from crosslora.projection.start import span_basis, start_of
 from crosslora.projection.student import Student
 from crosslora.sizing import Shape, fit_memory
 from crosslora.topology import SPACES, Topology, discover
@@ -78,7 +79,8 @@ def random_projection(topology: Topology, rank: int) -> Projection:
     }
     widths = topology.widths
     maps = {space: random_map(widths[space], widths[space], generator) for space in SPACES}
-    return Projection(build_slots(factors, topology, topology), widths, maps, maps, residual=True)
+    slots = build_slots(factors, topology, topology)
+    return Projection(slots, start_of(slots, widths, maps, maps, span_basis), residual=True)
 
 
 def random_base(config: LlamaConfig, device: torch.device) -> PreTrainedModel:

@@ -26,6 +26,8 @@ from crosslora.config import Base, Config, Prompts
 from crosslora.evaluation.baselines import baseline
 from crosslora.models import load_format, resolve
 from crosslora.projection.build import Transfer, build_transfer
+from crosslora.projection.projection import Projection
+from crosslora.projection.start import start_of, whole_basis
 from crosslora.run_folder import RunFolder
 from crosslora.teacher.corpus import read_corpus
 from crosslora.text.pair import TokenizerPair
@@ -200,7 +202,8 @@ def _projection_only(transfer: Transfer, random_seed: int) -> Any:
 
 
 def _full_projection(transfer: Transfer, random_seed: int) -> Any:
-    return transfer.projection(residual=False, full=True)
+    start = start_of(transfer.slots, transfer.target.widths, transfer.maps, None, whole_basis)
+    return Projection(transfer.slots, start, residual=False)
 
 
 def _distilled(cell: Cell, build: Callable[[Transfer, int], Any], *, cross_entropy: bool = False) -> Report:

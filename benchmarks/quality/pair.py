@@ -39,7 +39,8 @@ from crosslora.evaluation.tasks import Item, score
 from crosslora.models import load_model, resolve
 from crosslora.precision import chosen
 from crosslora.projection.build import Transfer
-from crosslora.projection.projection import UNIT, Factors, Projection, span_basis
+from crosslora.projection.projection import Factors, Projection
+from crosslora.projection.start import UNIT, span_basis, stacked_vectors, start_of, whole_basis
 from crosslora.projection.student import Student
 from crosslora.run_folder import RunFolder
 from crosslora.teacher.corpus import read_corpus
@@ -87,9 +88,8 @@ class Together(nn.Module):
             for index, transfer in enumerate(transfers)
             for slot in transfer.slots
         ]
-        self.projection = Projection(
-            slots, transfers[0].target.widths, transfers[0].maps, residual=False, full=True
-        )
+        start = start_of(slots, transfers[0].target.widths, transfers[0].maps, None, whole_basis)
+        self.projection = Projection(slots, start, residual=False)
         self.active = 0
 
     def forward(self) -> Factors:
@@ -138,13 +138,7 @@ def outside(held_out: Transfer, fitted: list[Transfer]) -> dict[str, float]:
 
 def _vectors(transfer: Transfer) -> dict[str, torch.Tensor]:
     """Space -> the source vectors [d_source, m] that one map reads ("in.") or writes ("out.")."""
-    widths = transfer.source.widths
-    identity = {space: torch.eye(width) for space, width in widths.items()}
-    projection: Any = Projection(transfer.slots, widths, identity, identity, residual=False)
-    inputs, outputs = projection.inputs, projection.outputs
-    return {f"in.{space}": inputs[space].start for space in inputs} | {
-        f"out.{space}": outputs[space].start for space in outputs
-    }
+    return {name.replace("puts.", "."): vectors for name, vectors in stacked_vectors(transfer.slots).items()}
 
 
 def from_maps(file: Path, residual: bool, transfer: Transfer, random_seed: int) -> Projection:
@@ -154,7 +148,8 @@ def from_maps(file: Path, residual: bool, transfer: Transfer, random_seed: int) 
         {name.removeprefix(side): matrix for name, matrix in P.items() if name.startswith(side)}
         for side in ("in.", "out.")
     )
-    return Projection(transfer.slots, transfer.target.widths, P_in, P_out, residual=residual)
+    start = start_of(transfer.slots, transfer.target.widths, P_in, P_out, span_basis)
+    return Projection(transfer.slots, start, residual=residual)
 
 
 def moved_factors(cell: Cell, maps: Path) -> dict[str, LoraFactors]:

@@ -206,9 +206,10 @@ class TransformersEngine:
 
     def __init__(self, base: str, adapter: Path, *, dtype: str, seed: int) -> None:
         from peft import PeftModel
-        from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+        from crosslora.models import load_model
+
+        model: Any = load_model(base, dtype)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = PeftModel.from_pretrained(model, adapter).eval().to(self._device)
         self._generator = torch.Generator(self._device).manual_seed(seed)

@@ -99,6 +99,12 @@ class UnlessAnswers:
     def __init__(self, strategy: Strategy, turned: TurnedAnswers) -> None:
         self._strategy, self._turned = strategy, turned
 
+    def decide(self, known: bool | None) -> bool:
+        """Whether it gives them away: as is known from other engines or shards, else as this engine finds it."""
+        if known is not None:
+            self._turned.are_answers = known
+        return self._turned.are_answers
+
     @property
     def name(self) -> str:
         return TURNED if self._turned.are_answers else self._strategy.name

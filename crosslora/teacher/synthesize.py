@@ -22,9 +22,9 @@ from crosslora.errors import UserError
 from crosslora.precision import decided
 from crosslora.progress import Meter, progress, say
 from crosslora.run_folder import Stage
-from crosslora.teacher.corpus import Sample, shard_exists, write_shard
+from crosslora.teacher.corpus import FILE, Sample, read_shard, shard_exists, write_shard
 from crosslora.teacher.engine import Engine, Generation, Sampling, TransformersEngine, VllmEngine
-from crosslora.teacher.prompts import SHOTS, TURNED, build_strategies, counts, read_prompts
+from crosslora.teacher.prompts import SHOTS, TURNED, UnlessAnswers, build_strategies, counts, read_prompts
 from crosslora.text.templates import ChatFormat
 
 MOST_ENGINE_LOSSES = 3
@@ -52,11 +52,18 @@ class Teacher:
             self._engine.generate([self._chat.prompt_ids("a")], once, adapter=True)
         self._strategies = build_strategies(self._engine, self._words, self._chat, settings)
 
-    def ready(self) -> bool:
-        return True
+    def ready(self, answers: bool | None) -> bool | None:
+        """Whether what the teacher writes in the user's place are answers; None where no strategy asks. `answers`: as it is
+        known already, since engines might find different things."""
+        found = None
+        for _, strategy in self._strategies:
+            if isinstance(strategy, UnlessAnswers):
+                found = strategy.decide(answers)
+        return found
 
-    def shard(self, index: int, size: int) -> list[Sample]:
-        """Prompts, the teacher's answers, and the source base's opinion of these."""
+    def shard(self, index: int, size: int, answers: bool | None) -> list[Sample]:
+        """Prompts, the teacher's answers, and the source base's opinion of these; `answers` as in `ready`."""
+        self.ready(answers)
         self._tell(index, "writing prompts")
         shares = counts(size, [share for share, _ in self._strategies])
         drawn = []
@@ -146,13 +153,13 @@ def synthesize(config: Config, adapter: Path, stage: Stage) -> dict[str, Any]:
     config = decided(config)
     settings = config.synthesis
     done = _written(stage, settings)
-    pending = deque(index for index in range(_num_shards(settings)) if index not in done)
+    missing = _missing(done, settings)
     started, rate = time.monotonic(), None
-    if pending:
-        engines = min(settings.engines, len(pending))
+    if missing:
+        engines = min(settings.engines, len(missing))
         say(f"  starting {engines} teacher engine{'s' * (engines > 1)} ({settings.engine}, {settings.dtype})")
         with cluster.board() as board:
-            foreman = _Foreman(config, adapter, stage, pending, engines, board)
+            foreman = _Foreman(config, adapter, stage, done, engines, board)
             try:
                 with progress("synthesize", settings.samples, "samples") as meter:
                     meter.start_at(sum(_size(index, settings) for index in done))
@@ -183,13 +190,14 @@ class _Foreman:
         config: Config,
         adapter: Path,
         stage: Stage,
-        pending: deque[int],
+        done: list[int],
         num_engines: int,
         board: Any,
     ) -> None:
-        self.settings, self.stage, self.pending, self.board = config.synthesis, stage, pending, board
-        done = _num_shards(self.settings) - len(pending)
-        seed = self.settings.random_seed * 1_000_003 + done  # a resumed run must not repeat what it has
+        """done: the shards that there are."""
+        self.settings, self.stage, self.board = config.synthesis, stage, board
+        self.pending = _missing(done, self.settings)
+        seed = self.settings.random_seed * 1_000_003 + len(done)  # a resumed run must not repeat what it has
         self.bundles = cluster.engine_bundles(
             config.gpus_per_engine_and_node, self.settings.pipeline_parallel, num_engines
         )
@@ -208,8 +216,10 @@ class _Foreman:
         """Answers of each unfinished shard that the meter counts already."""
         self.losses = self.tokens = 0
         """Engines lost since the last shard; response tokens of all shards."""
+        self.answers = _are_answers(stage, done)
+        """Whether what the teacher writes in the user's place are answers; None where that is not known."""
         self.told = False
-        """Whether it was said what the teacher writes in the user's place."""
+        """Whether that was said."""
         self.started: float | None = None
         """When the first engine was ready."""
         self.placed = time.monotonic()
@@ -232,7 +242,8 @@ class _Foreman:
                     self._take(reference, meter)
             while self.idle and self.pending and self._has_time():
                 actor, index = self.idle.popleft(), self.pending.popleft()
-                self.work[actor.shard.remote(index, _size(index, self.settings))] = (actor, index)
+                shard = actor.shard.remote(index, _size(index, self.settings), self.answers)
+                self.work[shard] = (actor, index)
 
     def rate(self) -> float:
         """Response tokens per second of all engines, since the first was ready."""
@@ -247,7 +258,7 @@ class _Foreman:
         group = placement_group(self.bundles, strategy="PACK")
         actor = self._new_engine(group, len(self.groups))
         self.groups[actor] = group
-        self.starting[actor.ready.remote()] = actor
+        self.starting[actor.ready.remote(self.answers)] = actor
 
     def _end(self, actor: Any) -> None:
         ray.kill(actor)
@@ -267,7 +278,7 @@ class _Foreman:
     def _welcome(self, reference: Any) -> None:
         actor = self.starting.pop(reference)
         try:
-            ray.get(reference)
+            answers = ray.get(reference)
         except RayActorError as error:
             if self.started is None:
                 cause = str(error).strip().splitlines()[-1].strip()[:300]
@@ -278,7 +289,15 @@ class _Foreman:
             self._replace(actor, "while it started", error)
         else:
             self.started = self.started or time.monotonic()
+            self._decide(answers)
             self.idle.append(actor)
+
+    def _decide(self, answers: bool | None) -> None:
+        """The first engine that is ready decides for all, shards that there are for those that follow."""
+        self.answers = answers if self.answers is None else self.answers
+        if self.answers and not self.told:
+            self.told = True
+            say("  the teacher writes answers in the user's place; prompts are written for these")
 
     def _count_answers(self, meter: Meter) -> None:
         unfinished = {index for _, index in self.work.values()}
@@ -305,9 +324,6 @@ class _Foreman:
             self._replace(actor, f"on shard {index}", error)
             return
         write_shard(self.stage.folder, self.stage.name, index, samples, _size(index, self.settings))
-        if not self.told and any(sample.strategy == TURNED for sample in samples):
-            self.told = True
-            say("  the teacher writes answers in the user's place; prompts are written for these")
         self.losses = 0
         self.tokens += sum(len(sample.response_ids) for sample in samples)
         rate = self.rate()
@@ -335,6 +351,19 @@ def _num_shards(settings: Synthesis) -> int:
 def _written(stage: Stage, settings: Synthesis) -> list[int]:
     shards = range(_num_shards(settings))
     return [i for i in shards if shard_exists(stage.folder, stage.name, i, _size(i, settings))]
+
+
+def _missing(done: list[int], settings: Synthesis) -> deque[int]:
+    return deque(index for index in range(_num_shards(settings)) if index not in done)
+
+
+def _are_answers(stage: Stage, done: list[int]) -> bool | None:
+    """As it was decided for the shards that there are."""
+    for index in done:
+        strategies = {sample.strategy for sample in read_shard(stage.folder, stage.name, index)}
+        if strategies - {FILE}:
+            return TURNED in strategies
+    return None
 
 
 def _size(index: int, settings: Synthesis) -> int:

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: where fitting stands, and tensors that load at any number of workers."""
+"""The files of a fit and of its checkpoints: where it stands, and tensors that load at any number of workers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+START, LEARNED = "start.safetensors", "projection.safetensors"
+"""Of a fit: what the projection starts from, and what was learned."""
 
 
 @dataclass

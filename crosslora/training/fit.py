@@ -14,18 +14,21 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
+from safetensors.torch import save as save_tensors
 
 from crosslora import cluster
+from crosslora.adapter import read_adapter
 from crosslora.config import Config
 from crosslora.errors import UserError
 from crosslora.precision import decided
 from crosslora.progress import progress, say
+from crosslora.projection.build import build_transfer
 from crosslora.run_folder import Stage
 from crosslora.teacher.corpus import read_corpus
 from crosslora.text.alignment import coverage
 from crosslora.text.pair import TokenizerPair
 from crosslora.training.batches import build_examples
-from crosslora.training.checkpoint import load
+from crosslora.training.checkpoint import LEARNED, START, load
 
 SECONDS_BETWEEN_POLLS = 1.0
 SECONDS_BETWEEN_CHECKS = "0.2"
@@ -41,9 +44,11 @@ def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) ->
             "config": config.model_dump(mode="json"),
             "adapter": str(adapter),
             "corpus": corpus,
+            "start": f"{stage.name}/{START}",
             "board": board,
         }
         trainer = _trainer(config, stage, job)
+        _write_start(config, adapter, stage, job["start"])
         with _Watcher(board, stage, config.fit.steps) as watcher, _own_interrupts():
             try:
                 result = trainer.fit()
@@ -54,6 +59,15 @@ def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) ->
                     "same command, without --redo: it goes on from the last checkpoint"
                 ) from error
     return _finish(result, stage, watcher, reach, config.fit.dtype)
+
+
+def _write_start(config: Config, adapter: Path, stage: Stage, name: str) -> None:
+    """What the projection starts from. A file that is there stays: what checkpoints hold was learned from it."""
+    if not stage.folder.exists(name):
+        pair = TokenizerPair.load(config.source, config.target)
+        seed = config.fit.random_seed
+        transfer = build_transfer(read_adapter(adapter), config.source, config.target, pair, seed)
+        stage.folder.write_bytes(name, save_tensors(transfer.start()))
 
 
 @contextmanager
@@ -152,9 +166,7 @@ def _run_config(config: Config, stage: Stage, cpus: int, accelerator: str) -> Ru
 def _finish(result: Any, stage: Stage, watcher: _Watcher, reach: float, dtype: str) -> dict[str, Any]:
     with result.checkpoint.as_directory() as folder:
         *_, reached = load(Path(folder))
-        stage.folder.write_bytes(
-            f"{stage.name}/projection.safetensors", (Path(folder) / "best.safetensors").read_bytes()
-        )
+        stage.folder.write_bytes(f"{stage.name}/{LEARNED}", (Path(folder) / "best.safetensors").read_bytes())
     return stage.finish(
         {
             "dtype": dtype,

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -17,13 +17,14 @@ import ray.train
 import torch
 from deepspeed.accelerator import get_accelerator
 from ray.train import CheckpointConsistencyMode
+from safetensors.torch import load as load_tensors
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from crosslora.adapter import read_adapter
 from crosslora.config import Config, Fit
 from crosslora.models import load_model, resolve
-from crosslora.projection.build import build_transfer
+from crosslora.projection.build import projection_from
 from crosslora.projection.projection import Projection
 from crosslora.projection.student import Student, check_logits
 from crosslora.run_folder import RunFolder
@@ -45,7 +46,8 @@ are a fraction of that here."""
 
 
 def train_worker(job: dict[str, Any]) -> None:
-    """Entry point of a Ray Train worker. `job`: config, adapter (its path), corpus (its two stages), board."""
+    """Entry point of a Ray Train worker. `job`: config, adapter (its path), corpus (its two stages), start (its file),
+    board."""
     context = ray.train.get_context()
     os.environ.setdefault(
         "LOCAL_SIZE", str(context.get_local_world_size())
@@ -55,14 +57,15 @@ def train_worker(job: dict[str, Any]) -> None:
     join_group()
     config = Config.model_validate(job["config"])
     pair = TokenizerPair.load(config.source, config.target)
-    samples = read_corpus(RunFolder.open(config.run), *job["corpus"])
+    folder = RunFolder.open(config.run)
+    samples = read_corpus(folder, *job["corpus"])
     train, held_out = (build_examples(part, pair, config.fit.max_tokens) for part in samples)
     use_plain_attention(example.length for example in [*train, *held_out])
     adapter = read_adapter(job["adapter"])
-    transfer = build_transfer(adapter, config.source, config.target, pair, config.fit.random_seed)
-    engine = build_engine(
-        build_student(config, transfer.projection(residual=config.fit.residual)), ds_config(config.fit)
-    )
+    start = load_tensors(folder.read_bytes(job["start"]))
+    residual = config.fit.residual
+    projection = projection_from(start, adapter, config.source, config.target, residual=residual)
+    engine = build_engine(build_student(config, projection), ds_config(config.fit))
     check_logits(engine.module.base)
     if config.fit.rehearsal:
         if context.get_world_rank() == 0:
@@ -206,16 +209,19 @@ class Loop:
 
     def _batch_loss(self, batch: Batch) -> torch.Tensor:
         """Summed loss of a batch in nats."""
-        chunks = num_chunks(len(batch.rows), self.vocabulary)
-        if (
-            self.fit.zero_stage == 3
-        ):  # every call of the head gathers it: all ranks must call it equally often
-            most = torch.tensor(chunks, device=self.engine.device)
-            deepspeed.comm.all_reduce(most, op=deepspeed.comm.ReduceOp.MAX)
-            chunks = int(most)
+        chunks = self._chunks(batch)
         return summed_loss(
             self._hidden(batch), batch.rows, self.engine.module.logits, self.vocabulary, chunks
         )
+
+    def _chunks(self, batch: Batch) -> int:
+        """Calls of the head. Each gathers it with ZeRO-3: then all ranks must call it equally often."""
+        chunks = num_chunks(len(batch.rows), self.vocabulary)
+        if self.fit.zero_stage < 3:
+            return chunks
+        most = torch.tensor(chunks, device=self.engine.device)
+        deepspeed.comm.all_reduce(most, op=deepspeed.comm.ReduceOp.MAX)
+        return int(most)
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         """Last hidden states of the scored positions [N, hidden]."""
@@ -238,19 +244,31 @@ class Loop:
     @torch.no_grad()
     def _held_out_losses(self) -> tuple[float, float]:
         """Mean loss over the held-out samples' rows, and mean KL over those of them that are strict."""
-        ordered = sorted(self.held_out, key=lambda example: example.length)
-        losses, strict = [], []
-        for start in range(0, len(ordered), EVALUATION_BATCH):
-            batch = collate(ordered[start : start + EVALUATION_BATCH]).to(self.engine.device)
-            hidden = self._hidden(batch)
-            losses.append(losses_of(hidden, batch.rows, self.engine.module.logits, self.vocabulary))
-            strict.append(batch.rows.strict)
-        losses_N, strict_N = torch.cat(losses), torch.cat(strict)
-        means = torch.stack([losses_N.mean(), losses_N[strict_N].mean()])
-        # on unlike machines they differ by rounding, and what is done with them must not
-        deepspeed.comm.broadcast(means, src=0)
-        loss, kl = means.tolist()
+        # of the losses and their number: all rows, strict ones
+        sums = torch.zeros(2, 2, dtype=torch.float64, device=self.engine.device)
+        for batch, counts in self._own_part():
+            chunks = self._chunks(batch)
+            losses_N = losses_of(
+                self._hidden(batch), batch.rows, self.engine.module.logits, self.vocabulary, chunks
+            )
+            for row, own in enumerate((losses_N, losses_N[batch.rows.strict])):
+                sums[row] += counts * sums.new_tensor([float(own.sum()), len(own)])
+        deepspeed.comm.all_reduce(sums)
+        # the same on all ranks, to the last bit: what is done with them must not differ
+        deepspeed.comm.broadcast(sums, src=0)
+        loss, kl = (sums[:, 0] / sums[:, 1]).tolist()
         return loss, kl
+
+    def _own_part(self) -> Iterator[tuple[Batch, bool]]:
+        """This rank's batches of the held-out samples, and whether they count: the last is there again where others have one
+        more, because with ZeRO-3 all ranks must take part in every forward pass."""
+        ordered = sorted(self.held_out, key=lambda example: example.length)
+        batches = [
+            ordered[start : start + EVALUATION_BATCH] for start in range(0, len(ordered), EVALUATION_BATCH)
+        ]
+        for index in range(self.rank, self.rank + len(batches), self.world):
+            counts = index < len(batches)
+            yield collate(batches[index if counts else -1]).to(self.engine.device), counts
 
     def _checkpoint(self) -> None:
         """Every rank gathers and reports; rank 0 writes."""

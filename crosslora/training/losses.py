@@ -151,12 +151,13 @@ def summed_loss(
 
 @torch.no_grad()
 def losses_of(
-    hidden: torch.Tensor, rows: Rows, head: Callable[[torch.Tensor], torch.Tensor], vocabulary: int
+    hidden: torch.Tensor,
+    rows: Rows,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    vocabulary: int,
+    chunks: int | None = None,
 ) -> torch.Tensor:
     """Loss of each of N positions in nats, without gradients; arguments as in `summed_loss`."""
-    size = chunk_rows(vocabulary)
-    parts = [
-        row_losses(head(part), rows.chunk(i * size, (i + 1) * size))
-        for i, part in enumerate(hidden.split(size))
-    ]
-    return torch.cat(parts)
+    size, chunks = chunk_rows(vocabulary), chunks or num_chunks(len(hidden), vocabulary)
+    starts = range(0, chunks * size, size)
+    return torch.cat([row_losses(head(hidden[i : i + size]), rows.chunk(i, i + size)) for i in starts])

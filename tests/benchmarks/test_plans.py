@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.plans import CONFIG, LARGE_KIND, MODELS, RANK, Plans, learned_numbers
 from crosslora.adapter import LoraFactors
 from crosslora.gpu_plan import gpu_plan
-from crosslora.projection import projection
+from crosslora.projection import build
 from crosslora.projection.build import Transfer
 from crosslora.projection.mapping import build_slots
 from crosslora.projection.student import Student
@@ -62,7 +62,7 @@ def test_a_student_has_the_numbers_that_are_planned(
 ) -> None:
     """No source layer feeds two of the target here, so the vectors of an adapter span all that they can."""
     monkeypatch.setattr(
-        projection, "span_basis", lambda vectors: vectors.new_empty(len(vectors), min(vectors.shape))
+        build, "span_basis", lambda vectors: vectors.new_empty(len(vectors), min(vectors.shape))
     )
     student, shape = student_of(source, target), Shape.of(MODELS[target])
     assert parameters(student.base) == shape.parameters == PUBLISHED[target]

@@ -127,9 +127,9 @@ def test_rouge_l_equals_the_package_on_ascii(pred: str, ref: str) -> None:
 
 def test_interval_covers_the_true_mean_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
-    samples = rng.normal(3.0, 1.0, size=(300, 50))
+    samples = rng.normal(3.0, 1.0, size=(120, 50))
     inside = [low <= 3.0 <= high for low, high in map(bootstrap_interval, samples)]
-    assert 0.9 <= np.mean(inside) <= 0.98
+    assert 0.88 <= np.mean(inside) <= 0.99
 
 
 def test_interval_is_the_same_each_time_and_narrows_with_more_items() -> None:

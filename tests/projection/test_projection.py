@@ -12,7 +12,8 @@ from crosslora.adapter import LoraFactors, read_adapter, write_adapter
 from crosslora.errors import UserError
 from crosslora.projection.initial import random_map, start_maps
 from crosslora.projection.mapping import build_slots, split_roles
-from crosslora.projection.projection import Projection, SpaceMap, span_basis
+from crosslora.projection.projection import Projection, SpaceMap
+from crosslora.projection.start import UNIT, span_basis, start_of, whole_basis
 from crosslora.projection.student import Student, check_logits
 from crosslora.topology import discover
 from tests.tiny import tiny_gemma, tiny_llama, tiny_lora
@@ -34,7 +35,7 @@ def test_logits_that_the_base_scales_in_its_own_way_are_refused(tmp_path: Path) 
         return output
 
     base.forward = scaled
-    with pytest.raises(UserError, match="makes something of its logits"):
+    with pytest.raises(UserError, match="computes its logits in a way"):
         check_logits(base)
 
 
@@ -42,8 +43,10 @@ def test_the_span_gives_the_outputs_and_gradients_of_the_full_map() -> None:
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(20, 6, generator=generator)
     P0 = random_map(12, 20, generator)
-    small = SpaceMap(vectors, 12, P0, residual=False, full=False)
-    full = SpaceMap(vectors, 12, P0, residual=False, full=True)
+    small, full = (
+        SpaceMap(P0 @ vectors, UNIT * (basis(vectors).T @ vectors), residual=False)
+        for basis in (span_basis, whole_basis)
+    )
     torch.testing.assert_close(small(), P0 @ vectors)
     Q = span_basis(vectors)
     with torch.no_grad():
@@ -70,7 +73,8 @@ def project(factors: dict[str, LoraFactors], source: Any, target: Any, zero: boo
     )
     maps = start_maps(maps_from, source.widths, target.widths, 0)
     slots = build_slots(factors, source, target)
-    return Projection(slots, target.widths, maps, None if zero else maps, residual=True)
+    start = start_of(slots, target.widths, maps, None if zero else maps, span_basis)
+    return Projection(slots, start, residual=True)
 
 
 def test_fused_target_and_back(pair: tuple[Path, Path, Path]) -> None:

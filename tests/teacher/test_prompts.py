@@ -45,8 +45,10 @@ def test_an_engine_has_room_for_the_longest_prompt_of_a_file(tmp_path: Path) -> 
     prompts = ["short", "long " * 900]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
     longest = len(chat.prompt_ids(prompts[1]))
-    for field in ("prompts_file", "seeds_file"):
-        settings = Synthesis(prompts=Prompts(**{field: tmp_path / "p.jsonl"}), max_response_tokens=100)
+    for weight, field in (("file", "prompts_file"), ("seeds", "seeds_file")):
+        settings = Synthesis(
+            prompts=Prompts(**{weight: 1, field: tmp_path / "p.jsonl"}), max_response_tokens=100
+        )
         assert max_len(chat, settings) >= longest + 100
     assert max_len(chat, Synthesis(max_response_tokens=100)) < longest
 
