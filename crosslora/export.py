@@ -70,9 +70,7 @@ def export(
 ) -> dict[str, Any]:
     """Write the PEFT folder, reopen and check it; returns the manifest."""
     pair = TokenizerPair.load(config.source, config.target)
-    start, learned = (
-        load_tensors(fitted.folder.read_bytes(f"{fitted.name}/{file}")) for file in (START, LEARNED)
-    )
+    start, learned = _tensors(fitted, START), _tensors(fitted, LEARNED)
     residual = config.fit.residual
     projection = projection_from(start, adapter, config.source, config.target, residual=residual)
     projection.load_state_dict(start | _own_names(learned))
@@ -87,6 +85,13 @@ def export(
         copy_into_run(folder, stage.folder, stage.name)
         files = sorted(path.name for path in folder.iterdir())
     return stage.finish({"files": files, "adapter": read_adapter_digest(stage)})
+
+
+def _tensors(fitted: Stage, file: str) -> dict[str, torch.Tensor]:
+    try:
+        return load_tensors(fitted.folder.read_bytes(f"{fitted.name}/{file}"))
+    except FileNotFoundError as error:
+        raise UserError(f"{fitted.folder.path(fitted.name)}/{file}: is missing; add --redo fit") from error
 
 
 def exported_tokenizer(chat: ChatFormat) -> PreTrainedTokenizerBase:

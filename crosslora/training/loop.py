@@ -33,7 +33,7 @@ from crosslora.teacher.corpus import read_corpus
 from crosslora.text.pair import TokenizerPair
 from crosslora.training import state
 from crosslora.training.batches import Batch, Example, batch_indices, build_examples, collate, micro_batches
-from crosslora.training.checkpoint import Progress, load, save
+from crosslora.training.checkpoint import Progress, Tensors, load, save
 from crosslora.training.losses import losses_of, num_chunks, summed_loss
 from crosslora.training.rehearsal import rehearsal
 from crosslora.training.shares import keep_share
@@ -160,7 +160,7 @@ class Loop:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.vocabulary = engine.module.base.get_output_embeddings().out_features
         self.progress = Progress()
-        self.best = state.gather_parameters(engine)
+        self.best = self._parameters()
 
     def run(self) -> None:
         self._resume()
@@ -236,7 +236,7 @@ class Loop:
         if loss < self.progress.best_loss:
             self.progress.best_loss, self.progress.best_kl = loss, kl
             self.progress.best_step, self.progress.looks_without_gain = self.progress.step, 0
-            self.best = state.gather_parameters(self.engine)
+            self.best = self._parameters()
         else:
             self.progress.looks_without_gain += 1
         self._tell("held_out", step=self.progress.step, loss=loss, kl=kl, best_step=self.progress.best_step)
@@ -272,7 +272,7 @@ class Loop:
 
     def _checkpoint(self) -> None:
         """Every rank gathers and reports; rank 0 writes."""
-        parameters, moments = state.gather_parameters(self.engine), state.gather_moments(self.engine)
+        parameters, moments = self._parameters(), state.gather_moments(self.engine, keep=self.rank == 0)
         self.progress.adam_step = state.adam_step(self.engine)
         with self._folder() as name:
             checkpoint = None
@@ -285,6 +285,10 @@ class Loop:
             # Ray Train learns of a checkpoint when it next asks its workers; a run that is killed before then
             # would go on from the one before.
             ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
+
+    def _parameters(self) -> Tensors:
+        """On rank 0, which writes; nowhere else."""
+        return state.gather_parameters(self.engine, keep=self.rank == 0)
 
     def _folder(self) -> AbstractContextManager[str | None]:
         return tempfile.TemporaryDirectory() if self.rank == 0 else nullcontext(None)

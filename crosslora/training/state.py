@@ -22,24 +22,29 @@ def trainable(engine: Any) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
 
 
-def gather_parameters(engine: Any) -> Tensors:
-    """Full float32 values of the trainable parameters; every rank must call it (ZeRO-3 gathers)."""
-    if not _is_sharded(engine):
-        return {name: p.detach().float().cpu().clone() for name, p in trainable(engine).items()}
-    return {name: safe_get_full_fp32_param(p).cpu().clone() for name, p in trainable(engine).items()}
+def gather_parameters(engine: Any, keep: bool) -> Tensors:
+    """Full float32 values of the trainable parameters. Every rank must call it (ZeRO gathers); none but those that `keep` them
+    get any."""
+    kept = {}
+    for name, p in trainable(engine).items():
+        value = safe_get_full_fp32_param(p) if _is_sharded(engine) else p.detach().float()
+        if keep:
+            kept[name] = value.cpu().clone()
+    return kept
 
 
-def gather_moments(engine: Any) -> Tensors:
-    """Adam's moments, keyed `<parameter>.<moment>`; every rank must call it."""
-    moments = {}
+def gather_moments(engine: Any, keep: bool) -> Tensors:
+    """Adam's moments, keyed `<parameter>.<moment>`; ranks as above."""
+    kept = {}
     for name, p in trainable(engine).items():
         for key in MOMENTS:
             if _is_sharded(engine):
                 value = safe_get_full_optimizer_state(p, key)
             else:
                 value = engine.optimizer.state[p][key]
-            moments[f"{name}.{key}"] = value.detach().cpu().clone()
-    return moments
+            if keep:
+                kept[f"{name}.{key}"] = value.detach().cpu().clone()
+    return kept
 
 
 def restore(engine: Any, parameters: Tensors, moments: Tensors, adam_step: float) -> None:

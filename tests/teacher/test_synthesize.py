@@ -15,17 +15,31 @@ from safetensors.torch import load_file, save_file
 from crosslora import cluster
 from crosslora.run_folder import RunFolder, Stage
 from crosslora.teacher import synthesize as synthesis
-from crosslora.teacher.corpus import read_samples
+from crosslora.teacher.corpus import FILE, read_samples, write_shard
+from crosslora.teacher.prompts import TURNED
 from crosslora.teacher.synthesize import synthesize
 from tests.failing import FailsOnce
+from tests.teacher.test_corpus import sample
 from tests.tiny_pair import make_pair, tiny_config
-
-pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pair(tmp_path_factory.mktemp("synthesis pair"))
+
+
+@pytest.mark.parametrize(
+    ("strategies", "answers"), [([FILE], None), ([FILE, "self"], False), ([TURNED, FILE], True)]
+)
+def test_engines_go_by_what_was_decided_for_the_shards_that_there_are(
+    strategies: list[str], answers: bool | None, tmp_path: Path
+) -> None:
+    stage = RunFolder.open(str(tmp_path)).stage("synthesize/a", {})
+    assert synthesis._are_answers(stage, []) is None
+    samples = [sample(str(row), strategy=name) for row, name in enumerate(strategies)]
+    write_shard(stage.folder, stage.name, 0, samples[:1], 1)
+    write_shard(stage.folder, stage.name, 1, samples, len(samples))
+    assert synthesis._are_answers(stage, [0, 1]) is answers
 
 
 def run(pair: Path, folder: Path, **settings: object) -> Stage:
@@ -49,6 +63,8 @@ def kill_the_engine(events: Path) -> None:
     os.kill(engine.pid, signal.SIGKILL)
 
 
+@pytest.mark.real
+@pytest.mark.slow
 def test_an_engine_that_dies_is_replaced(pair: Path, tmp_path: Path) -> None:
     events = tmp_path / "synthesize/tiny/events.jsonl"
     threading.Thread(target=kill_the_engine, args=[events], daemon=True).start()
@@ -61,6 +77,8 @@ def test_an_engine_that_dies_is_replaced(pair: Path, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.real
+@pytest.mark.slow
 def test_an_engine_that_fails_without_dying_is_replaced(
     pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +89,8 @@ def test_an_engine_that_fails_without_dying_is_replaced(
     assert len(read_samples(stage.folder, stage.name)) >= 75
 
 
+@pytest.mark.real
+@pytest.mark.slow
 def test_an_adapter_that_was_saved_as_a_state_dict_is_the_teacher(pair: Path, tmp_path: Path) -> None:
     """Its names hold the adapter's own name, which vLLM does not read."""
     folder = tmp_path / "adapter"
@@ -86,6 +106,8 @@ def test_an_adapter_that_was_saved_as_a_state_dict_is_the_teacher(pair: Path, tm
     assert max(abs(sample.adapter_effect) for sample in samples) > 0.01, "with and without it are the same"
 
 
+@pytest.mark.real
+@pytest.mark.slow
 def test_no_shard_is_begun_after_the_minutes_and_more_of_them_add_to_it(pair: Path, tmp_path: Path) -> None:
     assert run(pair, tmp_path, minutes=1e-4).manifest()["shards"] == [0]
     first = (tmp_path / "synthesize/tiny/shard-00000.parquet").read_bytes()

@@ -127,6 +127,17 @@ def test_prompts_stay_and_answers_are_turned_round() -> None:
     assert strategy.prompts(3, 0) == ["a request"] and strategy.name == TURNED
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_what_is_known_is_not_asked_again(known: bool) -> None:
+    engine = ByHand(["play some jazz now"], echo, lambda shown: f"a request\n{END}\nData: more")
+    engine.effects = (
+        {True: 0.0, False: 1.0} if known else {True: 1.0, False: 0.0}
+    )  # it would find the contrary
+    assert _own(engine).decide(None) is not known
+    strategy = _own(engine)
+    assert strategy.decide(known) is known and strategy.name == (TURNED if known else "self")
+
+
 def _own(engine: ByHand) -> UnlessAnswers:
     turned = TurnedAnswers(engine, WORDS, CHAT, Synthesis())
     return UnlessAnswers(SelfPrompts(engine, WORDS, CHAT, Synthesis()), turned)
