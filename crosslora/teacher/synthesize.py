@@ -279,7 +279,9 @@ class _Foreman:
         actor = self.starting.pop(reference)
         try:
             answers = ray.get(reference)
-        except RayActorError as error:
+        except (RayActorError, RayTaskError) as error:
+            if isinstance(error, UserError):
+                raise
             if self.started is None:
                 cause = str(error).strip().splitlines()[-1].strip()[:300]
                 raise UserError(
