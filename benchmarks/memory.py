@@ -139,7 +139,7 @@ def worker(point: Point) -> dict[str, Any]:
     peak = Peak()
     engine = build_engine(build_student(config, transfer.projection(residual=True)), ds_config(config.fit))
     vocabulary = engine.module.base.get_output_embeddings().out_features
-    best = state.gather_parameters(engine, keep=True)  # as the loop keeps it
+    best = state.gather_parameters(engine, keep=True)  # as the worker that writes keeps it
     started = time.monotonic()
     for _ in range(STEPS):
         ids = torch.randint(vocabulary, (point.sequences, point.length), device=engine.device)

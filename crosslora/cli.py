@@ -252,11 +252,9 @@ def serve(
 ) -> None:
     """Serve moved adapters and their base, OpenAI-compatible, until Ctrl-C. What lies in the places is what is served:
     adapters may come, change and go meanwhile."""
-    from crosslora.serve import serve as serve_until_stopped
-    from crosslora.serve import settings as made_of
-    from crosslora.serve import write_config as write
+    from crosslora import serve as serve_command
 
-    settings = made_of(
+    settings = serve_command.settings(
         places=places,
         base=base,
         teacher=teacher,
@@ -268,9 +266,9 @@ def serve(
         autoscaling=autoscaling,
     )
     if write_config is None:
-        serve_until_stopped(settings, host, port, api_key)
+        serve_command.serve(settings, host, port, api_key)
     else:
-        for path in write(settings, write_config, host, port):
+        for path in serve_command.write_config(settings, write_config, host, port):
             print(path)
         if api_key:
             print("the API key is not in there: set CROSSLORA_API_KEY in the environment of the cluster")

@@ -20,7 +20,7 @@ from crosslora.adapter import Adapter, read_adapter, write_adapter
 from crosslora.config import Base, Config
 from crosslora.errors import UserError
 from crosslora.identity import base_identity
-from crosslora.models import load_model, load_model_config, resolve
+from crosslora.models import caps_scores, load_model, load_model_config, resolve
 from crosslora.projection.build import projection_from
 from crosslora.projection.mapping import check_shape
 from crosslora.run_folder import RunFolder, Stage
@@ -143,12 +143,14 @@ def _own_names(learned: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("projection."): tensor for name, tensor in learned.items()}
 
 
-def _where(base: Base) -> str:
+def _where(base: Base, capped: bool) -> str:
     """The base as arguments of from_pretrained, which takes a GGUF file by its folder and its name."""
-    file = Path(base.base)
+    file, arguments = Path(base.base), f'"{base.base}"'
     if file.suffix == ".gguf":
-        return f'"{file.parent}", gguf_file="{file.name}"'
-    return f'"{base.base}"' + (f', revision="{base.revision}"' if base.revision else "")
+        arguments = f'"{file.parent}", gguf_file="{file.name}"'
+    elif base.revision:
+        arguments += f', revision="{base.revision}"'
+    return arguments + (', attn_implementation="eager"' if capped else "")
 
 
 def _card(
@@ -160,7 +162,7 @@ def _card(
 ) -> str:
     return CARD.format(
         base=config.target.base,
-        where=_where(config.target),
+        where=_where(config.target, caps_scores(load_model_config(resolve(config.target)))),
         base_name=Path(config.target.base).name,
         name=adapter.name,
         version=__version__,

@@ -85,7 +85,8 @@ def trainable_config(folder: str) -> PretrainedConfig:
     """Of a target base; raises UserError where gradients cannot pass through its weights."""
     config = load_model_config(folder)
     if quantization := getattr(config, "quantization_config", None):
-        kind = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
+        named = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        kind = named.get("quant_method", "bitsandbytes")  # which did not name itself in the past
         raise UserError(
             f"target.base: {folder} is quantized ({kind}), and a fit needs its weights as they were; give the base that it "
             "was made from"
@@ -126,12 +127,15 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 def load_model(folder: str, dtype: str) -> PreTrainedModel:
     """The frozen causal LM, in evaluation mode; `auto` is what its configuration says, as a rule the dtype of its
     files: then the weights are views of them, and take no memory of their own."""
-    options = {}
-    if getattr(load_model_config(folder).get_text_config(), "attn_logit_softcapping", None):
-        options["attn_implementation"] = "eager"  # the fused kernel leaves Gemma 2's cap out; vLLM has it
+    options = {"attn_implementation": "eager"} if caps_scores(load_model_config(folder)) else {}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     model.requires_grad_(False)
     return model.eval()
+
+
+def caps_scores(config: PretrainedConfig) -> bool:
+    """Whether attention scores are capped, as in Gemma 2. transformers' fused attention leaves the cap out; vLLM has it."""
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
 
 
 def base_digest(folder: str) -> str:

@@ -96,16 +96,12 @@ def serve(settings: Settings, host: str, port: int, api_key: str | None) -> None
         raise UserError("--autoscaling: min_replicas 0 would start nothing; give 1, or use --write-config")
     if not os.environ.get("RAY_ADDRESS"):
         refuse_cpu_with_gpu_build(settings.gpus, "--gpus 1")
-    with serve_models(
-        models(settings), settings.resources, host=host, port=port, api_key=api_key
-    ) as endpoint:
-        page = endpoint.url.removesuffix("v1")
-        print(
-            f"serving {', '.join(endpoint.models)} at {endpoint.url}; a page to try them: {page}", flush=True
-        )
+    with serve_models(models(settings), settings.resources, host=host, port=port, api_key=api_key) as served:
+        page = served.url.removesuffix("v1")
+        print(f"serving {', '.join(served.models)} at {served.url}; a page to try them: {page}", flush=True)
         print("adapters may come, change and go in these places meanwhile; Ctrl-C stops it", flush=True)
         with suppress(KeyboardInterrupt):
-            _tell(endpoint.board)
+            _tell(served.board)
 
 
 def _tell(board: Any) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PretrainedConfig
 
+from crosslora.models import caps_scores
 from crosslora.topology import decoder_layers, discover, meta_model, space_widths
 from crosslora.training import rehearsal
 from crosslora.training.losses import LOGITS_BYTES
@@ -53,6 +54,8 @@ class Shape:
     """That an adapter may change, in all layers."""
     linear_widths: int
     """Sum of the input and output widths of these: a LoRA of rank r on all of them has r times so many numbers."""
+    capped: bool
+    """Attention scores are."""
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Shape:
@@ -76,6 +79,7 @@ class Shape:
             normed=sum(_normed(name, widths) for name, m in layer.named_modules() if _is_norm(m)),
             linears=len(linears),
             linear_widths=sum(linear.d_in + linear.d_out for linear in linears),
+            capped=caps_scores(config),
         )
 
 
@@ -94,14 +98,16 @@ def layer_activations(shape: Shape, dtype: str, length: int, on_gpu: bool) -> fl
 
     A frozen linear keeps nothing, its adapter keeps the input. A norm keeps its input in float32. The gated MLP keeps
     gate, its activation, and up. Attention keeps queries, keys, values (repeated to all heads) and, where it is not
-    fused, in float32, beside a row of probabilities per head.
+    fused, in float32, beside a row of probabilities per head (with a cap also what it makes of the scores).
     """
     s = BYTES[dtype]
     inputs = s * (2 * shape.hidden + shape.query + shape.mlp)
     mlp = s * 3 * shape.mlp
     norms = 4 * shape.normed
-    if on_gpu or length > LONGEST_PLAIN_ATTENTION:
-        attention: float = s * (2 * shape.query + 2 * shape.key) + 4 * shape.heads
+    if shape.capped:  # not fused anywhere
+        attention: float = 4 * (3 * shape.query + 2 * shape.heads * length)
+    elif on_gpu or length > LONGEST_PLAIN_ATTENTION:
+        attention = s * (2 * shape.query + 2 * shape.key) + 4 * shape.heads
     else:
         attention = 4 * (3 * shape.query + shape.heads * length)
     return inputs + mlp + norms + attention
@@ -145,7 +151,7 @@ def fit_memory(
         weights = weights / workers + s * (2 * shape.layer_parameters + shape.largest)
         if workers > 1 and not on_gpu:  # gloo gathers into a buffer of its own first
             weights += s * shape.largest
-    # values, gradients and the best so far are whole on every worker, the moments a share from ZeRO-1 on
+    # values, gradients and, on one of them, the best so far are whole on every worker, the moments a share from ZeRO-1 on
     shares = workers if zero_stage else 1
     per_layer = tokens * layer_activations(shape, dtype, length, on_gpu)
     activations, layer = (

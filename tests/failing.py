@@ -17,8 +17,8 @@ class FailsOnce(Teacher):
         super().__init__(base, adapter, settings, seed, board)
         self._mark = Path(adapter).parent / "failed"
 
-    def shard(self, index: int, size: int, answers: bool | None) -> list[Sample]:
+    def shard(self, index: int, size: int, are_answers: bool | None) -> list[Sample]:
         if not self._mark.exists():
             self._mark.touch()
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return super().shard(index, size, answers)
+        return super().shard(index, size, are_answers)

@@ -61,7 +61,11 @@ def test_a_quantized_target_is_refused(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path)
     assert trainable_config(str(folder)).model_type == "llama"
     file = folder / "config.json"
-    quantized = {"quant_method": "awq", "bits": 4}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantized}))
-    with pytest.raises(UserError, match=r"target\.base: .* is quantized \(awq\)"):
-        trainable_config(str(folder))
+    config = json.loads(file.read_text())
+    for quantized, kind in (
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"load_in_4bit": True}, "bitsandbytes"),
+    ):
+        file.write_text(json.dumps(config | {"quantization_config": quantized}))
+        with pytest.raises(UserError, match=rf"target\.base: .* is quantized \({kind}\)"):
+            trainable_config(str(folder))

@@ -25,8 +25,15 @@ from crosslora.projection.student import Student
 from crosslora.run_folder import RunFolder
 from crosslora.teacher.corpus import Sample, read_corpus
 from crosslora.text.pair import TokenizerPair
-from crosslora.training.batches import Batch, Example, batch_indices, build_examples, collate
-from crosslora.training.loop import EVALUATION_BATCH, GRADIENT_NORM, learning_rate, use_plain_attention
+from crosslora.training.batches import (
+    Batch,
+    Example,
+    batch_indices,
+    build_examples,
+    collate,
+    held_out_batches,
+)
+from crosslora.training.loop import GRADIENT_NORM, learning_rate, use_plain_attention
 from crosslora.training.losses import losses_of, summed_loss
 from crosslora.training.rehearsal import rehearsal
 
@@ -149,9 +156,7 @@ def _held_out_loss(student: Student, held_out: list[Example]) -> float:
 @torch.no_grad()
 def _row_losses(student: Student, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of every row in nats [N], and which of them are a KL [N]."""
-    ordered = sorted(examples, key=lambda example: example.length)
-    starts = range(0, len(ordered), EVALUATION_BATCH)
-    batches = [collate(ordered[start : start + EVALUATION_BATCH]) for start in starts]
+    batches = [collate(batch) for batch, _ in held_out_batches(examples, rank=0, world=1)]
     losses = torch.cat([_loss(student, batch, losses_of) for batch in batches])
     return losses, torch.cat([batch.rows.strict for batch in batches])
 

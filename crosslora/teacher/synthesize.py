@@ -52,18 +52,18 @@ class Teacher:
             self._engine.generate([self._chat.prompt_ids("a")], once, adapter=True)
         self._strategies = build_strategies(self._engine, self._words, self._chat, settings)
 
-    def ready(self, answers: bool | None) -> bool | None:
-        """Whether what the teacher writes in the user's place are answers; None where no strategy asks. `answers`: as it is
-        known already, since engines might find different things."""
+    def ready(self, are_answers: bool | None) -> bool | None:
+        """Whether what the teacher writes in the user's place are answers; None where no strategy asks. `are_answers`:
+        as it is known already, since engines might find different things."""
         found = None
         for _, strategy in self._strategies:
             if isinstance(strategy, UnlessAnswers):
-                found = strategy.decide(answers)
+                found = strategy.decide(are_answers)
         return found
 
-    def shard(self, index: int, size: int, answers: bool | None) -> list[Sample]:
-        """Prompts, the teacher's answers, and the source base's opinion of these; `answers` as in `ready`."""
-        self.ready(answers)
+    def shard(self, index: int, size: int, are_answers: bool | None) -> list[Sample]:
+        """Prompts, the teacher's answers, and the source base's opinion of these; `are_answers` as in `ready`."""
+        self.ready(are_answers)
         self._tell(index, "writing prompts")
         shares = counts(size, [share for share, _ in self._strategies])
         drawn = []
@@ -216,7 +216,7 @@ class _Foreman:
         """Answers of each unfinished shard that the meter counts already."""
         self.losses = self.tokens = 0
         """Engines lost since the last shard; response tokens of all shards."""
-        self.answers = _are_answers(stage, done)
+        self.are_answers = _are_answers(stage, done, self.settings)
         """Whether what the teacher writes in the user's place are answers; None where that is not known."""
         self.told = False
         """Whether that was said."""
@@ -242,7 +242,7 @@ class _Foreman:
                     self._take(reference, meter)
             while self.idle and self.pending and self._has_time():
                 actor, index = self.idle.popleft(), self.pending.popleft()
-                shard = actor.shard.remote(index, _size(index, self.settings), self.answers)
+                shard = actor.shard.remote(index, _size(index, self.settings), self.are_answers)
                 self.work[shard] = (actor, index)
 
     def rate(self) -> float:
@@ -258,7 +258,7 @@ class _Foreman:
         group = placement_group(self.bundles, strategy="PACK")
         actor = self._new_engine(group, len(self.groups))
         self.groups[actor] = group
-        self.starting[actor.ready.remote(self.answers)] = actor
+        self.starting[actor.ready.remote(self.are_answers)] = actor
 
     def _end(self, actor: Any) -> None:
         ray.kill(actor)
@@ -278,7 +278,7 @@ class _Foreman:
     def _welcome(self, reference: Any) -> None:
         actor = self.starting.pop(reference)
         try:
-            answers = ray.get(reference)
+            are_answers = ray.get(reference)
         except (RayActorError, RayTaskError) as error:
             if isinstance(error, UserError):
                 raise
@@ -291,13 +291,13 @@ class _Foreman:
             self._replace(actor, "while it started", error)
         else:
             self.started = self.started or time.monotonic()
-            self._decide(answers)
+            self._decide(are_answers)
             self.idle.append(actor)
 
-    def _decide(self, answers: bool | None) -> None:
+    def _decide(self, are_answers: bool | None) -> None:
         """The first engine that is ready decides for all, shards that there are for those that follow."""
-        self.answers = answers if self.answers is None else self.answers
-        if self.answers and not self.told:
+        self.are_answers = are_answers if self.are_answers is None else self.are_answers
+        if self.are_answers and not self.told:
             self.told = True
             say("  the teacher writes answers in the user's place; prompts are written for these")
 
@@ -359,9 +359,10 @@ def _missing(done: list[int], settings: Synthesis) -> deque[int]:
     return deque(index for index in range(_num_shards(settings)) if index not in done)
 
 
-def _are_answers(stage: Stage, done: list[int]) -> bool | None:
+def _are_answers(stage: Stage, done: list[int], settings: Synthesis) -> bool | None:
     """As it was decided for the shards that there are."""
-    for index in done:
+    asked = settings.prompts.self + settings.prompts.seeds > 0
+    for index in done if asked else ():
         strategies = {sample.strategy for sample in read_shard(stage.folder, stage.name, index)}
         if strategies - {FILE}:
             return TURNED in strategies

@@ -14,6 +14,7 @@ from crosslora.text.alignment import Targets, build_targets
 from crosslora.text.pair import TokenizerPair
 from crosslora.training.losses import Rows
 
+HELD_OUT_BATCH = 16
 WINDOW = 8
 """Batches among which examples are sorted by length."""
 
@@ -112,3 +113,15 @@ def micro_batches(examples: Sequence[Example], parts: int) -> list[list[Example]
     """Cut a batch into parts of examples of like length, so that little is spent on padding."""
     ordered = sorted(examples, key=lambda example: example.length)
     return [list(part) for part in np.array_split(np.array(ordered, dtype=object), parts) if len(part)]
+
+
+def held_out_batches(
+    examples: Sequence[Example], rank: int, world: int
+) -> Iterator[tuple[list[Example], bool]]:
+    """This rank's share of the batches, and whether each counts: the last is there again where other ranks have one more,
+    because with ZeRO-3 all must take part in every forward pass."""
+    ordered = sorted(examples, key=lambda example: example.length)
+    batches = [ordered[start : start + HELD_OUT_BATCH] for start in range(0, len(ordered), HELD_OUT_BATCH)]
+    for index in range(rank, rank + len(batches), world):
+        counts = index < len(batches)
+        yield batches[index if counts else -1], counts

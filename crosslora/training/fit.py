@@ -14,6 +14,8 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from crosslora import cluster
@@ -47,8 +49,10 @@ def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) ->
             "start": f"{stage.name}/{START}",
             "board": board,
         }
+        start = None if _is_readable(stage, job["start"]) else _start(config, adapter)
         trainer = _trainer(config, stage, job)
-        _write_start(config, adapter, stage, job["start"])
+        if start is not None:  # written when nothing is refused any more
+            stage.folder.write_bytes(job["start"], start)
         with _Watcher(board, stage, config.fit.steps) as watcher, _own_interrupts():
             try:
                 result = trainer.fit()
@@ -61,13 +65,20 @@ def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) ->
     return _finish(result, stage, watcher, reach, config.fit.dtype)
 
 
-def _write_start(config: Config, adapter: Path, stage: Stage, name: str) -> None:
-    """What the projection starts from. A file that is there stays: what checkpoints hold was learned from it."""
-    if not stage.folder.exists(name):
-        pair = TokenizerPair.load(config.source, config.target)
-        seed = config.fit.random_seed
-        transfer = build_transfer(read_adapter(adapter), config.source, config.target, pair, seed)
-        stage.folder.write_bytes(name, save_tensors(transfer.start()))
+def _start(config: Config, adapter: Path) -> bytes:
+    """What the projection starts from, as a safetensors file."""
+    pair = TokenizerPair.load(config.source, config.target)
+    seed = config.fit.random_seed
+    transfer = build_transfer(read_adapter(adapter), config.source, config.target, pair, seed)
+    return save_tensors(transfer.start())
+
+
+def _is_readable(stage: Stage, name: str) -> bool:
+    """Then it stays: what checkpoints hold was learned from it. One that a crash cut short was read by no worker."""
+    try:
+        return bool(load_tensors(stage.folder.read_bytes(name)))
+    except (FileNotFoundError, SafetensorError):
+        return False
 
 
 @contextmanager

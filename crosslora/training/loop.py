@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -32,14 +32,21 @@ from crosslora.sizing import LONGEST_PLAIN_ATTENTION
 from crosslora.teacher.corpus import read_corpus
 from crosslora.text.pair import TokenizerPair
 from crosslora.training import state
-from crosslora.training.batches import Batch, Example, batch_indices, build_examples, collate, micro_batches
+from crosslora.training.batches import (
+    Batch,
+    Example,
+    batch_indices,
+    build_examples,
+    collate,
+    held_out_batches,
+    micro_batches,
+)
 from crosslora.training.checkpoint import Progress, Tensors, load, save
 from crosslora.training.losses import losses_of, num_chunks, summed_loss
 from crosslora.training.rehearsal import rehearsal
 from crosslora.training.shares import keep_share
 
 GRADIENT_NORM = 1.0
-EVALUATION_BATCH = 16
 BUCKET = 1 << 24
 """Numbers that workers exchange at a time. DeepSpeed's own default takes gigabytes of every GPU for gradients that
 are a fraction of that here."""
@@ -246,7 +253,8 @@ class Loop:
         """Mean loss over the held-out samples' rows, and mean KL over those of them that are strict."""
         # of the losses and their number: all rows, strict ones
         sums = torch.zeros(2, 2, dtype=torch.float64, device=self.engine.device)
-        for batch, counts in self._own_part():
+        for examples, counts in held_out_batches(self.held_out, self.rank, self.world):
+            batch = collate(examples).to(self.engine.device)
             chunks = self._chunks(batch)
             losses_N = losses_of(
                 self._hidden(batch), batch.rows, self.engine.module.logits, self.vocabulary, chunks
@@ -258,17 +266,6 @@ class Loop:
         deepspeed.comm.broadcast(sums, src=0)
         loss, kl = (sums[:, 0] / sums[:, 1]).tolist()
         return loss, kl
-
-    def _own_part(self) -> Iterator[tuple[Batch, bool]]:
-        """This rank's batches of the held-out samples, and whether they count: the last is there again where others have one
-        more, because with ZeRO-3 all ranks must take part in every forward pass."""
-        ordered = sorted(self.held_out, key=lambda example: example.length)
-        batches = [
-            ordered[start : start + EVALUATION_BATCH] for start in range(0, len(ordered), EVALUATION_BATCH)
-        ]
-        for index in range(self.rank, self.rank + len(batches), self.world):
-            counts = index < len(batches)
-            yield collate(batches[index if counts else -1]).to(self.engine.device), counts
 
     def _checkpoint(self) -> None:
         """Every rank gathers and reports; rank 0 writes."""
@@ -298,7 +295,8 @@ class Loop:
         if checkpoint is None:
             return
         with checkpoint.as_directory() as folder:
-            parameters, moments, self.best, self.progress = load(Path(folder))
+            parameters, moments, best, self.progress = load(Path(folder))
+        self.best = best if self.rank == 0 else {}
         state.restore(self.engine, parameters, moments, self.progress.adam_step)
         self._tell("resumed", step=self.progress.step)
 

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from crosslora import cluster
+from crosslora.config import Synthesis
 from crosslora.run_folder import RunFolder, Stage
 from crosslora.teacher import synthesize as synthesis
 from crosslora.teacher.corpus import FILE, read_samples, write_shard
@@ -35,11 +36,11 @@ def test_engines_go_by_what_was_decided_for_the_shards_that_there_are(
     strategies: list[str], answers: bool | None, tmp_path: Path
 ) -> None:
     stage = RunFolder.open(str(tmp_path)).stage("synthesize/a", {})
-    assert synthesis._are_answers(stage, []) is None
+    assert synthesis._are_answers(stage, [], Synthesis()) is None
     samples = [sample(str(row), strategy=name) for row, name in enumerate(strategies)]
     write_shard(stage.folder, stage.name, 0, samples[:1], 1)
     write_shard(stage.folder, stage.name, 1, samples, len(samples))
-    assert synthesis._are_answers(stage, [0, 1]) is answers
+    assert synthesis._are_answers(stage, [0, 1], Synthesis()) is answers
 
 
 def run(pair: Path, folder: Path, **settings: object) -> Stage:

@@ -3,10 +3,18 @@
 from itertools import islice
 
 import numpy as np
+import pytest
 import torch
 
 from crosslora.text.alignment import Targets
-from crosslora.training.batches import Example, batch_indices, collate, micro_batches
+from crosslora.training.batches import (
+    HELD_OUT_BATCH,
+    Example,
+    batch_indices,
+    collate,
+    held_out_batches,
+    micro_batches,
+)
 
 
 def example(prompt: list[int], response: list[int]) -> Example:
@@ -67,3 +75,16 @@ def test_micro_batches_hold_every_example_once_and_sort_by_length() -> None:
     examples = [example([1] * n, [2, 9]) for n in (5, 1, 4, 2)]
     parts = micro_batches(examples, 2)
     assert [[len(e.prompt_ids) for e in part] for part in parts] == [[1, 2], [4, 5]]
+
+
+@pytest.mark.parametrize("number", [1, HELD_OUT_BATCH, 5 * HELD_OUT_BATCH - 1])
+@pytest.mark.parametrize("world", [1, 2, 4, 7])
+def test_held_out_samples_are_shared_out_once_in_equally_many_batches(number: int, world: int) -> None:
+    examples = [example([1] * (1 + n % 9), [2, n]) for n in range(number)]
+    shares = [list(held_out_batches(examples, rank, world)) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    assert all(batch for share in shares for batch, _ in share), "every rank has something to compute"
+    counted = [
+        e.targets.student_ids[1] for share in shares for batch, counts in share if counts for e in batch
+    ]
+    assert sorted(counted) == list(range(number))

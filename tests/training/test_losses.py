@@ -53,7 +53,9 @@ def test_chunks_give_the_dense_loss_and_gradient(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(loss.double(), wanted, rtol=1e-4, atol=1e-4)
     assert ours.grad is not None and theirs.grad is not None
     torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(losses_of(hidden, rows, lambda h: h @ weight.T, 50).sum(), loss.detach())
+    calls.clear()
+    torch.testing.assert_close(losses_of(hidden, rows, head, 50, chunks).sum(), loss.detach())
+    assert (len(calls), sum(calls)) == (chunks or 6, 17)
 
 
 def test_log1mexp_at_both_ends() -> None:
