@@ -105,7 +105,7 @@ def measure(
     """Tokens/s of each for every step after the warm-up; who goes first changes from step to step."""
     use_plain_attention(example.length for example in examples)
     student, our_loss = our_student(config, pair)
-    models = {"crosslora": (student, our_loss)}
+    models: dict[str, tuple[torch.nn.Module, Loss]] = {"crosslora": (student, our_loss)}
     models |= {name: plain_peft(config, student, in_float32) for name, in_float32 in PLAIN.items()}
     contestants = {name: Contestant(*model, config.fit.learning_rate) for name, model in models.items()}
     batches = batch_indices(examples, config.fit.batch_size, config.fit.random_seed)

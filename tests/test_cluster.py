@@ -3,7 +3,7 @@
 import shlex
 import sys
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def places(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, *_: Any) -> None:
             pass
 
-        def ready(self) -> bool:
+        def ready(self, are_answers: bool | None) -> bool:
             return True
 
         def node(self) -> tuple[str, int]:
@@ -97,7 +97,7 @@ def test_an_engine_that_waits_for_a_node_gives_up_after_a_time(
 ) -> None:
     stage = RunFolder.open(str(tmp_path)).stage("synthesize/a", {})
     with cluster.board() as board:
-        foreman = synthesize._Foreman(config, tmp_path, stage, deque([0]), 1, board)
+        foreman = synthesize._Foreman(config, tmp_path, stage, [], 1, board)
         (lost,) = foreman.groups
         foreman._end(lost)
         foreman.starting.clear()
@@ -120,7 +120,7 @@ def test_an_engine_joins_when_there_is_room(
 ) -> None:
     stage = RunFolder.open(str(tmp_path)).stage("synthesize/a", {})
     with cluster.board() as board:
-        foreman = synthesize._Foreman(config, tmp_path, stage, deque([0]), 3, board)
+        foreman = synthesize._Foreman(config, tmp_path, stage, [], 3, board)
         ready, waiting = ray.wait([*foreman.starting], num_returns=2, timeout=60)
         assert len(ready) == 2 and not ray.wait(waiting, timeout=1)[0]
         foreman._end(foreman.starting[ready[0]])
