@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +115,9 @@ def default(cell: Cell) -> Report:
 def five_seeds(cell: Cell) -> Report:
     """The product with five seed examples: prompts of training rows."""
     examples = WORK / "data" / f"{cell.task}-five.jsonl"
-    examples.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"prompt": row["prompt"]}) for row in cell.rows[0][:5]]
-    examples.write_text("\n".join(lines) + "\n")
-    config = cell.config()
+    _write_prompts(examples, [row["prompt"] for row in cell.rows[0][:5]])
     prompts = Prompts(self=0, seeds=1, seeds_file=examples)
-    synthesis = config.synthesis.model_copy(update={"prompts": prompts})
-    return _transferred(
-        cell, config.model_copy(update={"run": f"{config.run}-five-seeds", "synthesis": synthesis})
-    )
+    return _transferred(cell, _with_prompts(cell.config(), "five-seeds", prompts))
 
 
 def generic(cell: Cell) -> Report:
@@ -133,13 +127,26 @@ def generic(cell: Cell) -> Report:
     file = WORK / "data" / f"{cell.direction}-generic-{cell.random_seed}.jsonl"
     if not file.exists():
         written = alone(plain_prompts, cell.bases[0], 2 * config.synthesis.samples, cell.random_seed)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in written))
-    prompts = Prompts(self=0, file=1, prompts_file=file)
+        _write_prompts(file, written)
+    return _transferred(cell, _with_prompts(config, "generic", Prompts(self=0, file=1, prompts_file=file)))
+
+
+def real_prompts(cell: Cell) -> Report:
+    """The product with the prompts of the training rows: what is lost for want of them."""
+    config = cell.config()
+    file = WORK / "data" / f"{cell.task}-training.jsonl"
+    _write_prompts(file, [row["prompt"] for row in cell.rows[0][: config.synthesis.samples]])
+    return _transferred(cell, _with_prompts(config, "real", Prompts(self=0, file=1, prompts_file=file)))
+
+
+def _write_prompts(file: Path, prompts: Sequence[str]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+
+
+def _with_prompts(config: Config, name: str, prompts: Prompts) -> Config:
     synthesis = config.synthesis.model_copy(update={"prompts": prompts})
-    return _transferred(
-        cell, config.model_copy(update={"run": f"{config.run}-generic", "synthesis": synthesis})
-    )
+    return config.model_copy(update={"run": f"{config.run}-{name}", "synthesis": synthesis})
 
 
 def _transferred(cell: Cell, config: Config) -> Report:
@@ -275,6 +282,7 @@ METHODS: dict[str, Callable[[Cell], Report]] = {
     "default": default,
     "five_seeds": five_seeds,
     "generic": generic,
+    "real_prompts": real_prompts,
     "oracle": oracle,
     "plain_kl": plain_kl,
     "plain_ce": plain_ce,

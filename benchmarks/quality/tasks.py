@@ -68,7 +68,7 @@ def packed(name: str) -> list[Row]:
 SLOTS = ("json_slots", "json_field:intent", "exact_match", "nats")
 TASKS = {
     "snips": BenchmarkTask(snips, SLOTS, source_steps=1875),
-    "snips-completions": BenchmarkTask(snips, SLOTS, completions_only=True),
+    "snips-completions": BenchmarkTask(snips, SLOTS, completions_only=True, source_steps=1875),
     "spoken": BenchmarkTask(spoken, ("rouge_l", "exact_match", "nats"), source_steps=1125),
     "facts": BenchmarkTask(facts, ("exact_match", "rouge_l", "nats"), max_tokens=32),
     "gsm8k": BenchmarkTask(
