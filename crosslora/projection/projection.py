@@ -50,15 +50,11 @@ class Projection(nn.Module):
         """`start`: of these slots, from `start_of`."""
         super().__init__()
         self.slots = slots
-        self.inputs, self.outputs = (_maps(side, start, residual) for side in ("inputs", "outputs"))
-        self._ranks: dict[str, list[int]] = defaultdict(list)
-        """Of the factors in the order in which they are stacked, for both sides of every space."""
-        for slot in slots:
-            for group in slot.groups:
-                rank = group.A_s.shape[0]
-                self._ranks[f"inputs.{slot.reads}"].append(rank)
-                for part in group.parts:
-                    self._ranks[f"outputs.{WRITES[part.role]}"].append(rank)
+        self._ranks = _stacked_ranks(slots)
+        # not in the order of `start`, which a file gives in any: ZeRO's workers must agree on that of the parameters
+        self.inputs, self.outputs = (
+            _maps(side, self._ranks, start, residual) for side in ("inputs", "outputs")
+        )
 
     def forward(self) -> Factors:
         A, B = self._mapped("inputs"), self._mapped("outputs")
@@ -78,12 +74,24 @@ class Projection(nn.Module):
             }
 
 
-def _maps(side: str, start: Start, residual: bool) -> nn.ModuleDict:
-    spaces = [name.split(".")[1] for name in start if name.startswith(side) and name.endswith(".start")]
+def _stacked_ranks(slots: list[Slot]) -> dict[str, list[int]]:
+    """ "inputs.SPACE" and "outputs.SPACE" -> ranks of the factors, in the order in which they are stacked."""
+    ranks: dict[str, list[int]] = defaultdict(list)
+    for slot in slots:
+        for group in slot.groups:
+            rank = group.A_s.shape[0]
+            ranks[f"inputs.{slot.reads}"].append(rank)
+            for part in group.parts:
+                ranks[f"outputs.{WRITES[part.role]}"].append(rank)
+    return ranks
+
+
+def _maps(side: str, names: Iterable[str], start: Start, residual: bool) -> nn.ModuleDict:
     return nn.ModuleDict(
         {
-            space: SpaceMap(start[f"{side}.{space}.start"], start[f"{side}.{space}.coordinates"], residual)
-            for space in spaces
+            name.split(".")[1]: SpaceMap(start[f"{name}.start"], start[f"{name}.coordinates"], residual)
+            for name in names
+            if name.startswith(side)
         }
     )
 

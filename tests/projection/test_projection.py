@@ -112,3 +112,16 @@ def test_the_student_is_the_base_with_the_written_adapter(
         again = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32).eval()
         zero = Student(again, project(read_adapter(pair[2]).factors, source, target, zero=True))
         assert torch.equal(zero.logits(zero(ids)), plain)
+
+
+def test_parameters_come_in_one_order_whatever_that_of_the_file(pair: tuple[Path, Path, Path]) -> None:
+    """Workers that share parameters out by ZeRO-3 send them to each other one after the other."""
+    source, target = (discover(AutoConfig.from_pretrained(folder)) for folder in pair[:2])
+    slots = build_slots(read_adapter(pair[2]).factors, source, target)
+    maps = start_maps(
+        torch.eye(target.widths["residual"], source.widths["residual"]), source.widths, target.widths, 0
+    )
+    start = start_of(slots, target.widths, maps, None, span_basis)
+    reversed_ = dict(reversed(start.items()))
+    one, other = (Projection(slots, each, residual=True) for each in (start, reversed_))
+    assert [name for name, _ in one.named_parameters()] == [name for name, _ in other.named_parameters()]
