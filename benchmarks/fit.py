@@ -4,9 +4,9 @@
 
 RUN is a finished run folder. All models see the same micro-batches of its corpus, in turn, in one process on the
 CPU. Ours: projection, chunked KL loss, AdamW. Plain: get_peft_model (the same rank and linears), cross-entropy with
-the logits at the same scored positions only, AdamW; once as PEFT has it, with a LoRA in float32, and once with one in the
-base's dtype, in which ours is computed too, though its numbers and Adam's are float32. Medians over the steps. The figure of the run's own fit stage, with DeepSpeed and Ray Train
-around the step, stands beside it.
+the logits at the same scored positions only, AdamW; once as PEFT has it, with a LoRA in float32, and once with one in
+the base's dtype, in which ours is computed too, though its numbers and Adam's are float32. Medians over the steps. The
+figure of the run's own fit stage, with DeepSpeed and Ray Train around the step, stands beside it.
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ def plan(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a transfer will do and need, from headers (a GGUF base is converted first): on GPUs also settings that fit, hours and cost."""
+    """Show what a transfer will do and need, from headers (a GGUF base is converted first): on GPUs also settings that fit,
+    hours and cost."""
     from crosslora import cluster
     from crosslora.config import load_config
     from crosslora.errors import UserError

@@ -20,8 +20,8 @@ UNIT = 0.2
 TOLERANCE = 1e-5
 """Of the largest singular value: what is smaller is rounding."""
 Start = dict[str, torch.Tensor]
-""""inputs.SPACE.start" [d_target, m] is P0 V and "inputs.SPACE.coordinates" [n, m] is UNIT Q^T V, of the m source vectors V of
-that space; "outputs.SPACE..." likewise."""
+"""Of the m source vectors V of a space: inputs.SPACE.start [d_target, m] is P0 V, inputs.SPACE.coordinates [n, m] is
+UNIT Q^T V; outputs.SPACE likewise."""
 
 
 def span_basis(vectors: torch.Tensor) -> torch.Tensor:
