@@ -66,7 +66,8 @@ def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) ->
 
 
 def _start(config: Config, adapter: Path) -> bytes:
-    """What the projection starts from, as a safetensors file."""
+    """What the projection starts from, as a safetensors file; of large bases it takes minutes."""
+    say("  working out what the projection starts from")
     pair = TokenizerPair.load(config.source, config.target)
     seed = config.fit.random_seed
     transfer = build_transfer(read_adapter(adapter), config.source, config.target, pair, seed)
