@@ -132,6 +132,10 @@ def _span(interval: list[float]) -> str:
     return f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
+def _is_of(row: dict[str, Any], group: tuple[str, str], method: str) -> bool:
+    return (row["direction"], row["task"]) == group and row["method"] == method
+
+
 def _chart(rows: list[dict[str, Any]]) -> None:
     """rho of every method that has one, a group of bars for each direction and task."""
     import matplotlib
@@ -144,18 +148,21 @@ def _chart(rows: list[dict[str, Any]]) -> None:
         return
     groups = list(dict.fromkeys((row["direction"], row["task"]) for row in known))
     methods = [method for method in METHODS if any(row["method"] == method for row in known)]
+    of_group = [[m for m in methods if any(_is_of(row, group, m) for row in known)] for group in groups]
+    width = 0.8 / max(map(len, of_group))
     figure, axes = pyplot.subplots(figsize=(2 + 2 * len(groups), 4), layout="constrained")
-    for place, method in enumerate(methods):
+    for method in methods:
         own = [row for row in known if row["method"] == method]
-        at = [
-            groups.index((row["direction"], row["task"])) + 0.8 * (place + 0.5) / len(methods) for row in own
-        ]
+        places = [groups.index((row["direction"], row["task"])) for row in own]
+        # side by side around the group's middle, without room for methods that it lacks
+        at = [i + width * (of_group[i].index(method) - (len(of_group[i]) - 1) / 2) for i in places]
         values = [row["rho"]["value"] for row in own]
         low, high = zip(*(row["rho"]["interval"] for row in own), strict=True)
         errors = [np.subtract(values, low).clip(0), np.subtract(high, values).clip(0)]
-        axes.bar(at, values, 0.8 / len(methods), yerr=errors, label=method)
+        bars = axes.bar(at, values, width, yerr=errors, label=method)
+        axes.bar_label(bars, fmt="%.2f", fontsize="x-small", padding=2)  # a bar of 0 cannot be seen
     axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set_xticks([index + 0.4 for index in range(len(groups))], ["\n".join(group) for group in groups])
+    axes.set_xticks(range(len(groups)), ["\n".join(group) for group in groups])
     axes.set_ylabel("rho: recovered share of the oracle's gain")
-    axes.legend(ncols=2, fontsize="small")
+    figure.legend(loc="outside upper center", ncols=min(len(methods), 6), fontsize="small")
     figure.savefig(HERE / "summary.png", dpi=110)
