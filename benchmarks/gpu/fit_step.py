@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu.fit_step --gpu H100-80GB
 
-Needs torch, transformers, peft, pydantic, PyYAML and this checkout; no weights, no Ray, no DeepSpeed (one GPU shards nothing). The student
-has the shape of Llama 3.1 8B and random weights; the adapter, of rank 16 on all linears of a base of the same shape, is
+Needs torch, transformers, peft, pydantic, PyYAML, datasketch, pyarrow, tqdm and this checkout; no weights, no Ray, no DeepSpeed (one GPU
+shards nothing). The student has the shape of Llama 3.1 8B and random weights; the adapter, of rank 16 on all linears of a base of the same shape, is
 random, and so are the tokens. Every step is a real one: projection, forward, chunked loss over top-16 classes,
 backward, clipping, AdamW.
 
