@@ -72,8 +72,7 @@ def conversations(rows: Sequence[dict[str, str]], chat: ChatFormat) -> list[Conv
 
 def _conversation(row: dict[str, str], chat: ChatFormat) -> Conversation:
     prompt = chat.prompt_ids(row["prompt"])
-    answer = chat.tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-    return Conversation([*prompt, *answer, chat.eos_id], len(prompt))
+    return Conversation([*prompt, *chat.answer_ids(row["completion"])], len(prompt))
 
 
 def batches(examples: list[Conversation], size: int, seed: int) -> Iterator[list[Conversation]]:

@@ -54,19 +54,21 @@ class Places:
     teachers: bool = False
 
     def listed(self) -> dict[str, RunFolder]:
-        """Adapters by name; raises UserError where two have the same."""
+        """Adapters by name; of several with one name the first, the others under their URI."""
         listed: dict[str, RunFolder] = {}
         for place in self.places:
             for name, folder in _teachers(place) if self.teachers else _folders(place):
-                if name in listed:
-                    raise UserError(
-                        f"{place}: an adapter named {name!r} is there already; rename the folder of one"
-                    )
-                listed[name] = folder
+                listed[folder.uri if name in listed else name] = folder
         return listed
 
     def fetch(self, name: str, folder: RunFolder, into: Path) -> Found:
-        """The adapter in a local folder: its own, or a copy in the new folder `into`."""
+        """The adapter in a local folder: its own, or a copy in the new folder `into`.
+
+        Raises UserError where its name is another's."""
+        if name == folder.uri:
+            raise UserError(
+                f"{folder.uri}: an adapter named {os.path.basename(folder.root)!r} is there already; rename the folder of one"
+            )
         local = folder.local_root or folder.copy(into)
         if self.teachers:  # in the form that every vLLM reads
             adapter = read_adapter(local)

@@ -61,6 +61,7 @@ def transfer(
     from crosslora.compare import compare, show
     from crosslora.config import load_config
     from crosslora.pipeline import transfer as run
+    from crosslora.run_folder import below
 
     result = run(load_config(config, overrides), redo, until)
     if as_json:
@@ -72,7 +73,7 @@ def transfer(
         show(compare([result.run], [adapter.name for adapter in result.adapters]))
     for adapter in result.adapters:
         print(f"adapter: {adapter.folder}")
-        print(f"report:  {result.run}/evaluate/{adapter.name}/report.html")
+        print(f"report:  {below(result.run, f'evaluate/{adapter.name}/report.html')}")
 
 
 @app.command()

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -148,18 +148,26 @@ def _refuse_unless_held(wanted: Bundle, count: int, stage: str) -> None:
 
 def check(config: Config) -> None:
     """Raise UserError where the connected cluster, as it is now, cannot hold a stage of the transfer."""
-    parallel = config.synthesis
-    engine = config.gpus_per_engine_and_node
+    _check(config, config.synthesis.engines, ("synthesize", "fit", "evaluate"))
+
+
+def check_here(config: Config, stages: Collection[str]) -> None:
+    """Raise UserError where a cluster that was started here cannot hold one of these stages: it never gets more nodes.
+    Synthesis does with one engine."""
+    if _started_here:
+        _check(config, 1, stages)
+
+
+def _check(config: Config, engines: int, stages: Collection[str]) -> None:
+    gpus, nodes = config.gpus_per_engine_and_node, config.synthesis.pipeline_parallel
+    worker = bundle(config.cluster.gpus_per_worker, config.fit.workers)
     for stage, count, bundles in (
-        (
-            "synthesize",
-            parallel.engines,
-            engine_bundles(engine, parallel.pipeline_parallel, parallel.engines),
-        ),
-        ("fit", config.fit.workers, [bundle(config.cluster.gpus_per_worker, config.fit.workers)]),
-        ("evaluate", 1, engine_bundles(engine, parallel.pipeline_parallel, 1)),
+        ("synthesize", engines, engine_bundles(gpus, nodes, engines)),
+        ("fit", config.fit.workers, [worker]),
+        ("evaluate", 1, engine_bundles(gpus, nodes, 1)),
     ):
-        _refuse_unless_held(bundles[0], count * len(bundles), stage)
+        if stage in stages:
+            _refuse_unless_held(bundles[0], count * len(bundles), stage)
 
 
 def engine_bundles(gpus: float, nodes: int, shares: int) -> list[Bundle]:

@@ -375,9 +375,9 @@ def _template_text(template: str | None, folder: Path) -> str | None:
     if template is None or "{" in template:
         return template
     try:
-        return (folder / template).read_text(encoding="utf-8")
-    except OSError as error:
+        return (folder / Path(template).expanduser()).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"chat_template: {template!r} is neither Jinja text nor a readable file ({error.strerror}); "
+            f"chat_template: {template!r} is neither Jinja text nor a readable file ({error}); "
             "give one of the two"
         ) from error

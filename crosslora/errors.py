@@ -37,10 +37,10 @@ def said_in_a_sentence() -> Iterator[None]:
             _fail(
                 f"{error.filename or 'a file'}: {error.strerror}; give a place that you may write to, or mend its permissions"
             )
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _fail(
-            f"disk full while writing {error.filename or 'the run folder'}; free some space and run the same command again"
+            f"disk or quota full while writing {error.filename or 'the run folder'}; free some space and run the same command again"
         )
 
 

@@ -26,11 +26,11 @@ from crosslora.models import embedding_place, resolve, trainable_config
 from crosslora.plan import make_plan
 from crosslora.progress import say
 from crosslora.redo import Redo, check_stage
-from crosslora.run_folder import STAGES, RunFolder, Stage, digest
+from crosslora.run_folder import STAGES, RunFolder, Stage, below, digest
 from crosslora.teacher.corpus import read_samples, write_verdicts
 from crosslora.teacher.filters import KEPT, count_by_verdict, verdicts
-from crosslora.teacher.prompts import read_prompts
-from crosslora.teacher.synthesize import synthesize
+from crosslora.teacher.prompts import check_prompts, read_prompts
+from crosslora.teacher.synthesize import check_room, synthesize
 from crosslora.text.pair import TokenizerPair
 from crosslora.training.fit import fit
 from crosslora.vllm_settings import lora_options
@@ -100,6 +100,7 @@ def transfer(config: Config, redo: str | None = None, until: str | None = None) 
             done = redo is None and len(_evaluated(config, folder)) == len(config.adapters)
             if until in (None, STAGES[-1]) and not done:
                 refuse_a_second_server()
+            cluster.check_here(config, _to_do(config, folder, again, until))
             for name in again.names:  # after all checks: what is refused loses nothing
                 again.forget(folder, name)
             folder.write_json("run.json", {"config": config.model_dump(mode="json")})
@@ -107,6 +108,17 @@ def transfer(config: Config, redo: str | None = None, until: str | None = None) 
             for source in config.adapters:
                 _transfer_one(config, source, folder, until)
     return TransferResult(config.run, [_moved(folder, name) for name in _evaluated(config, folder)])
+
+
+def _to_do(config: Config, folder: RunFolder, again: Redo, until: str | None) -> list[str]:
+    """Stages that some adapter still has before it."""
+    last = STAGES.index(until) if until else len(STAGES)
+    open_ = [
+        {stage for stage in STAGES if not folder.exists(f"{stage}/{source.name}/manifest.json")}
+        | set(STAGES[STAGES.index(first) :] if (first := again.first(source.name)) else ())
+        for source in config.adapters
+    ]
+    return [stage for stage in STAGES[: last + 1] if any(stage in stages for stages in open_)]
 
 
 def _evaluated(config: Config, folder: RunFolder) -> list[str]:
@@ -127,6 +139,8 @@ def check_inputs(config: Config) -> None:
     lora_options([adapter.path for adapter in config.adapters])  # evaluation serves them with vLLM
     trainable_config(resolve(config.target, weights=False))
     pair = TokenizerPair.load(config.source, config.target)
+    check_prompts(prompts, pair.teacher)
+    check_room(config, pair.teacher)
     for base, chat in ((config.source, pair.teacher), (config.target, pair.student)):
         embedding_place(resolve(base))
         refuse_what_is_too_long(tasks, base, chat, "evaluation.tasks")
@@ -153,7 +167,7 @@ def _transfer_one(config: Config, source: AdapterSource, folder: RunFolder, unti
 
 def _moved(folder: RunFolder, name: str) -> TransferredAdapter:
     return TransferredAdapter(
-        name, f"{folder.uri.rstrip('/')}/export/{name}", folder.read_json(f"evaluate/{name}/results.json")
+        name, below(folder.uri, f"export/{name}"), folder.read_json(f"evaluate/{name}/results.json")
     )
 
 

@@ -127,10 +127,10 @@ def _other_name(adapter: AdapterSource, config: Config) -> str | None:
 
 
 def _unused_gpus(config: Config) -> list[str]:
-    if not torch.cuda.is_available() or config.cluster.gpus_per_engine or config.cluster.gpus_per_worker:
+    if not torch.cuda.is_available() or config.cluster.gpus_per_worker:
         return []
     return [
-        "cluster: there are GPUs here, and cluster.gpus_per_engine and cluster.gpus_per_worker are 0: the fit runs on the CPU"
+        "cluster.gpus_per_worker is 0, and there are GPUs here: the fit would run on the CPU; 1 puts it on them"
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import shutil
 import socket
@@ -153,20 +154,24 @@ class Engine:
         request = LoRARequest(name, number, folders[-1])
         try:
             await self._engine.add_lora(request)
-            acts = await self._probe(request) != self._without
+            probed = await self._probe(request)
         except Exception as error:  # vLLM names no class
             logging.getLogger(__name__).exception("vLLM does not take the adapter %s", name)
             self._drop(name)
             self._refused[name] = f"vLLM does not take it ({type(error).__name__}: {str(error)[:200]})"
             return
         self._drop(name)
-        if acts:
-            self._models.lora_requests[name] = request
-        else:
+        if not all(map(math.isfinite, probed)):
+            self._refused[name] = (
+                "its answers are no numbers (NaN logprobs); train it again, or take an earlier checkpoint"
+            )
+        elif probed == self._without:
             self._refused[name] = (
                 "it changes nothing (the same logprobs with and without it); check that its B matrices are not zero, "
                 "and that it belongs to this base"
             )
+        else:
+            self._models.lora_requests[name] = request
 
     async def _probe(self, adapter: Any) -> list[float]:
         """log p of every token of PROBE."""
@@ -181,8 +186,12 @@ class Engine:
     def _write(self, name: str, files: Files) -> str:
         folder = self._folder / name
         folder.mkdir(exist_ok=True)
-        for file, content in files.items():
-            (folder / file).write_bytes(content)
+        try:
+            for file, content in files.items():
+                (folder / file).write_bytes(content)
+        except OSError:  # of a full disk: it is tried again and again, under another number
+            shutil.rmtree(folder)
+            raise
         return str(folder)
 
     async def __del__(self) -> None:

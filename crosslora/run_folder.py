@@ -32,6 +32,12 @@ PASSWORD = re.compile(r"://[^/@]*:(?!\d+/)[^@]*@")
 """User and password before the host of a URI, also where a slash of the password was not escaped; a port is none."""
 
 
+def below(place: str, name: str) -> str:
+    """The path or URI of `name` in a folder; the query of a URI stays at its end."""
+    folder, mark, query = place.partition("?") if "://" in place else (place, "", "")
+    return f"{folder.rstrip('/')}/{name}{mark}{query}"
+
+
 def digest(value: Any) -> str:
     """sha256 of a JSON-like value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -84,7 +90,7 @@ class RunFolder:
         return Path(self.root) if isinstance(self.filesystem, arrow_fs.LocalFileSystem) else None
 
     def sub(self, name: str) -> RunFolder:
-        return RunFolder(f"{self.uri.rstrip('/')}/{name}", self.filesystem, self.path(name))
+        return RunFolder(below(self.uri, name), self.filesystem, self.path(name))
 
     def entries(self) -> list[arrow_fs.FileInfo]:
         """Files and folders directly in it, by name; none where it does not exist."""
@@ -153,14 +159,15 @@ class RunFolder:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the lock: one run, one writer."""
-        self._lock()
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+        self._lock(owner)
         try:
             yield
-        finally:
-            self.filesystem.delete_file(self.path("lock.json"))
+        finally:  # messages say where it may be deleted by hand; another's is left
+            if self.exists("lock.json") and self.read_json("lock.json") == owner:
+                self.filesystem.delete_file(self.path("lock.json"))
 
-    def _lock(self) -> None:
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+    def _lock(self, owner: dict[str, Any]) -> None:
         try:
             if self.filesystem.get_file_info(self.root).type == arrow_fs.FileType.File:
                 raise NotADirectoryError(errno.ENOTDIR, "it is a file")

@@ -17,7 +17,7 @@ from crosslora import cluster
 from crosslora.config import Config, load_config, parse_config
 from crosslora.errors import said_in_a_sentence
 from crosslora.pipeline import filter_corpus
-from crosslora.run_folder import RunFolder, Stage
+from crosslora.run_folder import RunFolder, Stage, below
 from crosslora.teacher.synthesize import synthesize
 from crosslora.training.fit import fit
 
@@ -39,7 +39,7 @@ def main() -> None:
 
 def benchmark(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     """Both series, made anew; the corpus of the most engines is what is fitted on."""
-    config = config.model_copy(update={"run": f"{config.run.rstrip('/')}/benchmark"})
+    config = config.model_copy(update={"run": below(config.run, "benchmark")})
     folder = RunFolder.open(config.run)
     fits = {n: _fit_config(config, n, arguments.steps) for n in sorted(arguments.workers)}  # or refuses
     with folder.writing(), cluster.session(config.cluster):

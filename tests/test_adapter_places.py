@@ -1,14 +1,17 @@
 """What `crosslora serve` finds in the places it is given, and what it refuses before anything starts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from crosslora.adapter_places import Found, Places, common_base, keep_source
+from crosslora.adapter_watch import Rules, Watch
 from crosslora.config import AdapterSource, Base
 from crosslora.errors import UserError
 from crosslora.run_folder import RunFolder
+from crosslora.vllm_settings import lora_options
 from tests.tiny import tiny_llama, tiny_lora
 
 
@@ -121,3 +124,16 @@ def test_one_engine_has_one_chat_template_and_one_base(base: Path, tmp_path: Pat
     (places[1] / "chat_template.jinja").write_text("{{ messages[0].content }}")
     with pytest.raises(UserError, match="two was fitted with another tokenizer or chat template"):
         find_adapters(names, tmp_path / "more copies")
+
+
+def test_what_has_the_name_of_another_is_said_and_the_rest_is_served(base: Path, tmp_path: Path) -> None:
+    for place in ("x/mine", "x/other"):
+        tiny_lora(tmp_path / place, base, 1)
+    lora = lora_options([tmp_path / "x/mine"])
+    watch = Watch(Places((str(tmp_path / "x"), str(tmp_path / "y"))), Rules("base", None, None, lora))
+    assert sorted(change.name for change in watch.look() if change.files) == ["mine", "other"]
+    tiny_lora(tmp_path / "y/mine", base, 1)
+    shutil.rmtree(tmp_path / "x/other")
+    changes = {change.name: change for change in [*watch.look(), *watch.look()]}
+    assert changes.keys() == {"other", str(tmp_path / "y/mine")}
+    assert "named 'mine' is there already" in (changes[str(tmp_path / "y/mine")].problem or "")

@@ -143,6 +143,21 @@ def test_a_plan_is_checked_against_the_cluster(two_nodes: None, config: Config) 
         cluster.check(more)
 
 
+def test_a_cluster_that_never_grows_is_checked_for_what_is_to_do(
+    two_nodes: None, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before hours of synthesis; which does with fewer engines than it was given."""
+    fit = config.fit.model_copy(update={"workers": 17})
+    more = config.model_copy(
+        update={"fit": fit, "synthesis": config.synthesis.model_copy(update={"engines": 9})}
+    )
+    cluster.check_here(more, ["synthesize", "fit"])  # another's cluster: an autoscaler may bring nodes
+    monkeypatch.setattr(cluster, "_started_here", True)
+    cluster.check_here(more, ["synthesize", "evaluate"])
+    with pytest.raises(UserError, match=r"fit needs 17 times 1 CPU and 1 GPU, .* holds 16"):
+        cluster.check_here(more, ["synthesize", "fit"])
+
+
 def test_sixteen_workers_fill_both_nodes(two_nodes: None, config: Config) -> None:
     settings = scaling(config.fit.workers, cluster.bundle(config.cluster.gpus_per_worker, 16))
     group = placement_group(

@@ -54,6 +54,12 @@ def test_mistakes(tmp_path: Path, changes: dict[str, Any], message: str) -> None
         parse_config(tree(**changes), tmp_path)
 
 
+def test_a_template_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_bytes(b"\xff\xfe{{ messages }}")
+    with pytest.raises(UserError, match="is neither Jinja text nor a readable file"):
+        parse_config(tree(source={"base": "x", "chat_template": "chat.jinja"}), tmp_path)
+
+
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
     incomplete = tree()
     del incomplete["target"]

@@ -38,7 +38,7 @@ from crosslora.evaluation.choices import ChoicesAtOnce
 from crosslora.evaluation.client import GREEDY, ask
 from crosslora.evaluation.harness import ask_harness, find_benchmarks, headline
 from crosslora.evaluation.likelihood import reference_nats
-from crosslora.evaluation.tasks import Item, answer_ids
+from crosslora.evaluation.tasks import Item
 from crosslora.text.templates import ChatFormat
 from crosslora.vllm_settings import environment, lora_options
 from tests.browser import PROGRAM, open_page
@@ -343,7 +343,7 @@ def test_references_are_as_likely_as_peft_says(
     served = reference_nats(server.url, "one", items, chat, 2)
     model = peft_model(folders, folders.adapters["one"])
     for item, nats in zip(items, served, strict=True):
-        prompt, answer = chat.prompt_ids(item.prompt), answer_ids(item, chat)
+        prompt, answer = chat.prompt_ids(item.prompt), chat.answer_ids(item.reference)
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
         expected = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
@@ -399,23 +399,26 @@ def test_adapters_come_and_go_on_all_replicas(
 
 
 @pytest.mark.real
-def test_adapters_that_do_not_fit_or_change_nothing_are_not_served(
+def test_adapters_that_do_not_fit_or_do_nothing_of_use_are_not_served(
     server: Server, folders: Folders, places: Path, tmp_path: Path
 ) -> None:
     wide = tiny_lora(tmp_path / "wide", folders.base, 4, r=64)
-    idle = tiny_lora(tmp_path / "idle", folders.base, 4)
-    weights = idle / "adapter_model.safetensors"
-    save_file({name: tensor * ("lora_A" in name) for name, tensor in load_file(weights).items()}, weights)
     shutil.copytree(wide, places / "wide")
-    shutil.copytree(idle, places / "idle")
+    for name, factor in (("idle", 0.0), ("diverged", float("nan"))):
+        folder = tiny_lora(tmp_path / name, folders.base, 4)
+        weights = folder / "adapter_model.safetensors"
+        tensors = {key: B if "lora_A" in key else B * factor for key, B in load_file(weights).items()}
+        save_file(tensors, weights)
+        shutil.copytree(folder, places / name)
     for reason in (
         "not serving wide: .* does not fit what this server was started for",
         "not serving idle: it changes nothing",
+        "not serving diverged: its answers are no numbers",
     ):
         _until(lambda reason=reason: re.search(reason, "".join(server.said)) is not None)  # type: ignore[misc]
     assert [model.id for model in server.client.models.list()] == MODELS
-    shutil.rmtree(places / "wide")
-    shutil.rmtree(places / "idle")
+    for name in ("wide", "idle", "diverged"):
+        shutil.rmtree(places / name)
 
 
 @pytest.mark.real

@@ -1,5 +1,7 @@
 """How a command ends that was stopped."""
 
+import errno
+
 import pytest
 
 from crosslora.errors import INTERRUPTED, said_in_a_sentence
@@ -16,3 +18,10 @@ def test_other_ends_pass() -> None:
     with pytest.raises(SystemExit) as ended, said_in_a_sentence():
         raise SystemExit(0)
     assert ended.value.code == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_or_quota_is_said(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, said_in_a_sentence():
+        raise OSError(number, "full", "runs/mine/shard")
+    assert ended.value.code == 2 and "full while writing runs/mine/shard" in capsys.readouterr().err

@@ -9,7 +9,8 @@ from crosslora import pipeline
 from crosslora.adapter import Adapter
 from crosslora.config import Config
 from crosslora.errors import UserError
-from crosslora.pipeline import INPUTS, _is_as_much
+from crosslora.pipeline import INPUTS, _is_as_much, _to_do
+from crosslora.redo import Redo
 from crosslora.run_folder import RunFolder
 from tests.tiny import bare_config
 
@@ -41,3 +42,15 @@ def test_more_minutes_go_on_and_fewer_do_not(tmp_path: Path) -> None:
 
 def within(config: Config, minutes: float | None) -> Config:
     return config.model_copy(update={"synthesis": config.synthesis.model_copy(update={"minutes": minutes})})
+
+
+def test_stages_that_are_still_to_do(tmp_path: Path) -> None:
+    """Of a run that is finished elsewhere nothing is asked of this machine but what is made again."""
+    config, folder = bare_config(), RunFolder.open(str(tmp_path))
+    for stage in ("synthesize", "filter", "fit"):
+        folder.stage(f"{stage}/a", {}).finish({})
+    none, fit = Redo.parse(None, ["a"]), Redo.parse("fit", ["a"])
+    assert _to_do(config, folder, none, None) == ["export", "evaluate"]
+    assert _to_do(config, folder, none, "fit") == []
+    assert _to_do(config, folder, fit, None) == ["fit", "export", "evaluate"]
+    assert _to_do(config, folder, fit, "filter") == []

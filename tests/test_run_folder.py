@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from crosslora.errors import UserError
-from crosslora.run_folder import PASSWORD, RunFolder, differences, stage_states
+from crosslora.run_folder import PASSWORD, RunFolder, below, differences, stage_states
 
 
 def opened(path: Path) -> RunFolder:
@@ -143,3 +143,25 @@ def test_a_copy_holds_the_files_and_nothing_below(tmp_path: Path) -> None:
     copied = folder.sub("a").copy(tmp_path / "x/copy")
     assert {file.name: file.read_bytes() for file in copied.iterdir()} == {"one.bin": b"\x00\xff"}
     assert list(folder.sub("none").copy(tmp_path / "empty").iterdir()) == []
+
+
+def test_a_lock_that_was_deleted_or_replaced_by_hand_ends_no_run(tmp_path: Path) -> None:
+    folder, lock = opened(tmp_path), tmp_path / "lock.json"
+    with folder.writing():
+        lock.unlink()
+    with folder.writing():
+        lock.write_text('{"host": "another", "pid": 1, "started": "1"}')
+    assert lock.exists(), "it is another's"
+
+
+@pytest.mark.parametrize(
+    ("place", "inner"),
+    [
+        ("runs/mine/", "runs/mine/export/a"),
+        ("runs/why?", "runs/why?/export/a"),
+        ("s3://bucket/mine", "s3://bucket/mine/export/a"),
+        ("s3://bucket/mine/?region=x&scheme=http", "s3://bucket/mine/export/a?region=x&scheme=http"),
+    ],
+)
+def test_the_query_of_a_uri_stays_at_its_end(place: str, inner: str) -> None:
+    assert below(place, "export/a") == inner

@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -42,12 +43,21 @@ def ask(
 def asked(url: str, work: Coroutine[Any, Any, T]) -> T:
     """Result of requests to an endpoint; raises UserError where it refuses one."""
     try:
-        return asyncio.run(work)
+        return _run(work)
     except OpenAIError as error:
         raise UserError(
             f"{url}: no OpenAI-compatible endpoint answers there as it should ({str(error)[:300]}); its address ends in /v1, "
             "and OPENAI_API_KEY is its key where it wants one"
         ) from error
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as thread:  # a notebook runs a loop of its own, and a thread has but one
+        return thread.submit(asyncio.run, work).result()
 
 
 def served_models(url: str) -> dict[str, float]:

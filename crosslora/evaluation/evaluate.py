@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from crosslora.adapter import Adapter, write_adapter
-from crosslora.config import HELD_OUT, Base, Config, Task
+from crosslora.config import HELD_OUT, Base, Config, Evaluation, Task
 from crosslora.endpoint import Model, Resources, serve_models
 from crosslora.errors import UserError
 from crosslora.evaluation.baselines import baseline
@@ -27,7 +27,7 @@ from crosslora.evaluation.results import (
     Nats,
     collect,
 )
-from crosslora.evaluation.tasks import Item, answer_ids, answer_tokens, read_items
+from crosslora.evaluation.tasks import Answer, Item, answer_tokens, read_items
 from crosslora.models import context_length, resolve
 from crosslora.precision import decided
 from crosslora.projection.build import build_transfer
@@ -38,6 +38,8 @@ from crosslora.text.templates import ChatFormat
 
 ROOM = 8
 """Tokens that an endpoint has beyond the longest text."""
+Asked = dict[str, dict[str, Any]]
+"""model -> `answers` and `nats`, as JSON holds them"""
 
 
 def evaluate(
@@ -48,7 +50,7 @@ def evaluate(
     held_out_kl: dict[str, float],
     stage: Stage,
 ) -> dict[str, Any]:
-    """Serve, ask, score, report; returns the manifest. Results are in results.json and report.md.
+    """Serve, ask, score, report; returns the manifest. Results are in results.json and its reports.
 
     `held_out_kl`: what fitting measured, KL(teacher || target base) and KL(teacher || student), nats per token.
     """
@@ -58,22 +60,28 @@ def evaluate(
         student = exported.folder.sub(exported.name)
         folders = adapter_folders(config, adapter, pair, student, Path(temporary))
         teacher = {TEACHER: folders.pop(TEACHER)}
-        answers, nats = _ask(config, config.source, SOURCE_BASE, teacher, pair.teacher, tasks, [TEACHER])
-        tasks = _with_teacher_references(config, pair.student, tasks, answers)
+        asked = _ask(config, config.source, SOURCE_BASE, teacher, pair.teacher, tasks, [TEACHER], stage)
+        tasks = _with_teacher_references(config, pair.student, tasks, _answers(asked))
         models = [TARGET_BASE, *folders]
-        others = _ask(config, config.target, TARGET_BASE, folders, pair.student, tasks, models)
-        answers, nats = answers | others[0], nats | others[1]
-    results = collect(decided(config), tasks, answers, nats, held_out_kl)
+        asked |= _ask(config, config.target, TARGET_BASE, folders, pair.student, tasks, models, stage)
+    results = collect(decided(config), tasks, _answers(asked), _nats(asked), held_out_kl)
     stage.folder.write_json(f"{stage.name}/results.json", results)
-    stage.folder.write_json(f"{stage.name}/answers.json", _plain(answers))
     write_report(stage, results)
-    return stage.finish({"models": list(answers)})
+    return stage.finish({"models": list(asked)})
 
 
-def _plain(answers: Answers) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def _answers(asked: Asked) -> Answers:
     return {
-        model: {task: [asdict(answer) for answer in given] for task, given in by_task.items()}
-        for model, by_task in answers.items()
+        model: {task: [Answer(**answer) for answer in given] for task, given in said["answers"].items()}
+        for model, said in asked.items()
+    }
+
+
+def _nats(asked: Asked) -> Nats:
+    return {
+        model: {text: np.array(values) for text, values in said["nats"].items()}
+        for model, said in asked.items()
+        if said["nats"]
     }
 
 
@@ -115,14 +123,14 @@ def adapter_folders(
     config: Config, adapter: Adapter, pair: TokenizerPair, student: RunFolder, folder: Path
 ) -> dict[str, Path]:
     """Local folders of teacher, baselines and student, below `folder`."""
-    source_folder, target_folder = resolve(config.source), resolve(config.target)
-    seed = config.evaluation.random_seed
-    transfer = build_transfer(adapter, config.source, config.target, pair, seed)
-    folders: dict[str, Path] = {}
-    for name in config.evaluation.baselines:
-        factors = baseline(name, transfer, source_folder, target_folder, seed)
-        write_adapter(folder / name, factors, config.target.base)
-        folders[name] = folder / name
+    folders: dict[str, Path] = {name: folder / name for name in config.evaluation.baselines}
+    if folders:
+        source_folder, target_folder = resolve(config.source), resolve(config.target)
+        seed = config.evaluation.random_seed
+        transfer = build_transfer(adapter, config.source, config.target, pair, seed)
+        for name, place in folders.items():
+            factors = baseline(name, transfer, source_folder, target_folder, seed)
+            write_adapter(place, factors, config.target.base)
     folders[STUDENT] = student.copy(folder / STUDENT)
     write_adapter(folder / TEACHER, adapter.factors, config.source.base)  # in the form that every vLLM reads
     return {TEACHER: folder / TEACHER, **folders}
@@ -136,52 +144,61 @@ def _ask(
     chat: ChatFormat,
     tasks: list[tuple[Task, list[Item]]],
     models: list[str],
-) -> tuple[Answers, Nats]:
-    """Serve one base with its adapters, let `models` answer, and ask all but the baselines how likely the references
-    and plain text are."""
-    settings = config.evaluation
-    passage = min(PASSAGE_TOKENS, context_length(resolve(base), PASSAGE_TOKENS) - ROOM)
-    longest = max(longest_conversation(tasks, chat), passage) + ROOM
-    model = model_of(config, base, base_name, adapters, longest)
-    with serve_models([model], resources_of(config), port=settings.port) as endpoint:
-        answers = {
-            model: {
-                task.name: ask(
-                    endpoint.url,
-                    model,
-                    items[: settings.baseline_items] if model in settings.baselines else items,
-                    chat,
-                    answer_tokens(task, items, chat),
-                    settings.concurrency,
-                )
-                for task, items in tasks
-            }
-            for model in models
-        }
-        asked = [model for model in models if model not in settings.baselines]
-        return answers, {
-            model: _nats(endpoint.url, model, tasks, chat, settings.concurrency, passage) for model in asked
-        }
+    stage: Stage,
+) -> Asked:
+    """Serve one base with its adapters and ask `models`. Each has a file, written when it has said all: an evaluation
+    that was interrupted does not ask it again."""
+    files = {model: f"{stage.name}/answers/{model}.json" for model in models}
+    if missing := [model for model in models if not stage.folder.exists(files[model])]:
+        passage = min(PASSAGE_TOKENS, context_length(resolve(base), PASSAGE_TOKENS) - ROOM)
+        longest = max(longest_conversation(tasks, chat), passage) + ROOM
+        served = model_of(config, base, base_name, adapters, longest)
+        with serve_models([served], resources_of(config), port=config.evaluation.port) as endpoint:
+            for model in missing:
+                said = _said(config.evaluation, endpoint.url, model, tasks, chat, passage)
+                stage.folder.write_json(files[model], said)
+    return {model: stage.folder.read_json(file) for model, file in files.items()}
 
 
-def _nats(
+def _said(
+    settings: Evaluation,
     url: str,
     model: str,
     tasks: list[tuple[Task, list[Item]]],
     chat: ChatFormat,
-    concurrency: int,
     passage: int,
-) -> dict[str, np.ndarray]:
-    # the teacher gives the held-out prompts their references
-    known = [(task, items) for task, items in tasks if not (task.name == HELD_OUT and model == TEACHER)]
-    nats = {task.name: reference_nats(url, model, items, chat, concurrency) for task, items in known}
-    return nats | {PLAIN_TEXT: text_nats(url, model, chat, concurrency, passage)}
+) -> dict[str, Any]:
+    """What a model answers; of all but the baselines also how likely the references and plain text are to it."""
+    is_baseline = model in settings.baselines
+    answers = {
+        task.name: ask(
+            url,
+            model,
+            items[: settings.baseline_items] if is_baseline else items,
+            chat,
+            answer_tokens(task, items, chat),
+            settings.concurrency,
+        )
+        for task, items in tasks
+    }
+    nats: dict[str, np.ndarray] = {}
+    if not is_baseline:
+        # the teacher gives the held-out prompts their references
+        known = [(task, items) for task, items in tasks if not (task.name == HELD_OUT and model == TEACHER)]
+        nats = {
+            task.name: reference_nats(url, model, items, chat, settings.concurrency) for task, items in known
+        }
+        nats[PLAIN_TEXT] = text_nats(url, model, chat, settings.concurrency, passage)
+    return {
+        "answers": {task: [asdict(answer) for answer in given] for task, given in answers.items()},
+        "nats": {text: values.tolist() for text, values in nats.items()},
+    }
 
 
 def longest_conversation(tasks: list[tuple[Task, list[Item]]], chat: ChatFormat) -> int:
     """Tokens of the longest prompt with its answer or reference."""
     lengths = (
-        len(chat.prompt_ids(item.prompt)) + max(room, len(answer_ids(item, chat)))
+        len(chat.prompt_ids(item.prompt)) + max(room, len(chat.answer_ids(item.reference)))
         for task, items in tasks
         for room in [answer_tokens(task, items, chat)]
         for item in items

@@ -11,7 +11,7 @@ import numpy as np
 from openai import AsyncOpenAI
 
 from crosslora.evaluation.client import asked, connect
-from crosslora.evaluation.tasks import Item, answer_ids
+from crosslora.evaluation.tasks import Item
 from crosslora.progress import Meter, progress
 from crosslora.text.templates import ChatFormat
 
@@ -28,7 +28,7 @@ def reference_nats(
     Per byte, because models with different tokenizers are compared; the end counts as one.
     """
     prompts = [chat.prompt_ids(item.prompt) for item in items]
-    answers = [answer_ids(item, chat) for item in items]
+    answers = [chat.answer_ids(item.reference) for item in items]
     sizes = [len(item.reference.encode()) + 1 for item in items]
     return _nats(url, model, list(zip(prompts, answers, strict=True)), concurrency) / sizes
 

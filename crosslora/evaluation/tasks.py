@@ -66,14 +66,9 @@ def read_items(task: Task, field: str = "evaluation.tasks") -> list[Item]:
     return items
 
 
-def answer_ids(item: Item, chat: ChatFormat) -> list[int]:
-    """The reference and its end."""
-    return [*chat.tokenizer(item.reference, add_special_tokens=False)["input_ids"], chat.eos_id]
-
-
 def answer_tokens(task: Task, items: list[Item], chat: ChatFormat) -> int:
     """Tokens that an answer may have."""
-    return task.max_tokens or roomy(max(len(answer_ids(item, chat)) for item in items))
+    return task.max_tokens or roomy(max(len(chat.answer_ids(item.reference)) for item in items))
 
 
 def roomy(longest: int) -> int:

@@ -25,7 +25,6 @@ class Part:
 
     role: str
     offset: int
-    width: int
     B_s: torch.Tensor
     """[d_out_source of the role, r]"""
 
@@ -97,7 +96,7 @@ def _slot(
     for role, width in zip(linear.roles, linear.widths, strict=True):
         if (source_layer, role) in by_role:
             A_s, B_s = by_role[source_layer, role]
-            groups.setdefault(id(A_s), (A_s, []))[1].append(Part(role, offset, width, B_s))
+            groups.setdefault(id(A_s), (A_s, []))[1].append(Part(role, offset, B_s))
         offset += width
     return Slot(
         linear.path,

@@ -42,11 +42,6 @@ class SelfPrompts:
     name = "self"
 
     def __init__(self, engine: Engine, words: Vocabulary, chat: ChatFormat, settings: Synthesis) -> None:
-        if not (chat.pre_query_ids and chat.user_end):
-            raise UserError(
-                "synthesis.prompts.self: the chat template writes nothing before or after the user's text, so the teacher "
-                "cannot tell where one begins and ends; give prompts_file or seeds_file and its weight, and set self to 0"
-            )
         self._engine, self._words, self._chat = engine, words, chat
         self._sampling = _prompt_sampling(chat, settings)
 
@@ -150,6 +145,15 @@ def _prompt(line: str, place: str) -> str:
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f'{place}: not an object such as {{"prompt": "..."}}; mend the line')
     return prompt
+
+
+def check_prompts(wanted: Prompts, chat: ChatFormat) -> None:
+    """Raise UserError where the source's chat template leaves no place in which the teacher could write prompts."""
+    if wanted.self > 0 and not (chat.pre_query_ids and chat.user_end):
+        raise UserError(
+            "synthesis.prompts.self: the chat template writes nothing before or after the user's text, so the teacher "
+            "cannot tell where one begins and ends; give prompts_file or seeds_file and its weight, and set self to 0"
+        )
 
 
 def build_strategies(

@@ -148,6 +148,19 @@ def max_len(chat: ChatFormat, settings: Synthesis) -> int:
     return longest + settings.max_response_tokens + SPARE
 
 
+def check_room(config: Config, chat: ChatFormat) -> None:
+    """Raise UserError where the longest prompt with its answer does not fit into the context of the source base."""
+    from crosslora.models import context_length, resolve
+
+    needed = max_len(chat, config.synthesis)
+    context = context_length(resolve(config.source, weights=False), needed)
+    if needed > context:
+        raise UserError(
+            f"synthesis: a prompt with its answer takes up to {needed} tokens, {config.source.name} has room for {context}; "
+            "lower max_prompt_tokens or max_response_tokens, or leave out the longest seed examples or prompts"
+        )
+
+
 def synthesize(config: Config, adapter: Path, stage: Stage) -> dict[str, Any]:
     """Generate the shards that are missing; returns the manifest."""
     config = decided(config)
@@ -280,8 +293,7 @@ class _Foreman:
         try:
             are_answers = ray.get(reference)
         except (RayActorError, RayTaskError) as error:
-            if isinstance(error, UserError):
-                raise
+            _refuse(error)
             if self.started is None:
                 cause = str(error).strip().splitlines()[-1].strip()[:300]
                 raise UserError(
@@ -319,8 +331,7 @@ class _Foreman:
             samples = ray.get(reference)
         # the actor, the node that held what it brought, or vLLM in it: a GPU's memory, one of several workers
         except (RayActorError, ObjectLostError, RayTaskError) as error:
-            if isinstance(error, UserError):
-                raise
+            _refuse(error)
             meter.advance(-answered)
             self.pending.appendleft(index)
             self._replace(actor, f"on shard {index}", error)
@@ -344,6 +355,12 @@ class _Foreman:
                 f"({str(error).strip().splitlines()[-1].strip()[:300]}); look for too little memory, lower synthesis.shard_size"
             ) from error
         self._start()
+
+
+def _refuse(error: Exception) -> None:
+    """Raise what an engine says that the user can mend; as Ray hands it over, it shows the engine's traceback."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
+        raise error.cause from None
 
 
 def _num_shards(settings: Synthesis) -> int:

@@ -1,12 +1,15 @@
 """Chat formats: what stands before and after a user's text and which ids end a turn, found by rendering."""
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from crosslora.errors import UserError
+from crosslora.text.vocabulary import continuation_backend
 
 # For a base without a chat template:  <bos>User: ...\nAssistant:\n...<eos>\n
 PLAIN_TEMPLATE = (
@@ -68,6 +71,15 @@ class ChatFormat:
     def prompt_ids(self, user: str) -> list[int]:
         """The ids of `prompt(user)`, which has its BOS, if there is to be one, from the template."""
         return self._ids(self.prompt(user))
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """The ids of an assistant's answer and its end, as they follow a prompt: without what some tokenizers put before
+        a text, such as a space."""
+        return [*self._continuation.encode(answer, add_special_tokens=False).ids, self.eos_id]
+
+    @cached_property
+    def _continuation(self) -> Tokenizer:
+        return continuation_backend(self.tokenizer.backend_tokenizer)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

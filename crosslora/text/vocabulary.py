@@ -62,7 +62,7 @@ class Vocabulary:
                 f"tokenizer {self.name}: has no tokenizers backend ({type(tokenizer).__name__}); "
                 "take a base with a tokenizer.json"
             )
-        self._backend = _continuation_backend(backend)
+        self._backend = continuation_backend(backend)
         self.token_bytes = _token_bytes(tokenizer, backend, self.name)
         self._lengths = np.array([-1 if b is None else len(b) for b in self.token_bytes], dtype=np.int64)
         self.missing_bytes = RARE_BYTES - {b[0] for b in self.token_bytes if b is not None and len(b) == 1}
@@ -215,7 +215,7 @@ def _is_byte_level(backend: Tokenizer, name: str) -> bool:
     )
 
 
-def _continuation_backend(backend: Tokenizer) -> Tokenizer:
+def continuation_backend(backend: Tokenizer) -> Tokenizer:
     """A tokenizer over the same model that adds nothing to a text and reads special tokens in it as plain text."""
     shell: dict[str, Any] = {
         "version": "1.0",

@@ -1,12 +1,18 @@
 """What the models are asked."""
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from crosslora.config import HELD_OUT, Base, Task
+from crosslora.evaluation import evaluate
 from crosslora.evaluation.evaluate import ROOM, _with_teacher_references
-from crosslora.evaluation.results import TEACHER
+from crosslora.evaluation.results import PLAIN_TEXT, TEACHER
 from crosslora.evaluation.tasks import Answer, Item
 from crosslora.models import load_format
+from crosslora.run_folder import RunFolder
 from tests.tiny import bare_config, tiny_llama
 
 
@@ -24,3 +30,16 @@ def test_an_answer_to_a_held_out_prompt_fits_the_context_of_the_target(tmp_path:
 
     assert room("字" * 20) == 2 * 61
     assert room("字" * 100) == 512 - ROOM - len(chat.prompt_ids("hi"))
+
+
+def test_a_model_that_has_said_all_is_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "serve_models", lambda *_, **__: pytest.fail("served again"))
+    stage, config = RunFolder.open(str(tmp_path)).stage("evaluate/a", {}), bare_config()
+    said = {"answers": {"check": [asdict(Answer("yes", ended=True))]}, "nats": {PLAIN_TEXT: [0.1, 1 / 3]}}
+    stage.folder.write_json("evaluate/a/answers/teacher.json", said)
+    chat: Any = None
+    asked = evaluate._ask(config, config.source, "source", {}, chat, [], [TEACHER], stage)
+    assert evaluate._answers(asked) == {TEACHER: {"check": [Answer("yes", ended=True)]}}
+    assert evaluate._nats(asked)[TEACHER][PLAIN_TEXT].tolist() == [0.1, 1 / 3]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from crosslora.config import Prompts, Synthesis
 from crosslora.errors import UserError
 from crosslora.teacher.engine import Generation
-from crosslora.teacher.prompts import FilePrompts, SeedPrompts, build_strategies, counts, read_prompts
+from crosslora.teacher.prompts import FilePrompts, SeedPrompts, check_prompts, counts, read_prompts
 from crosslora.teacher.synthesize import max_len
 from crosslora.text.templates import PLAIN_TEMPLATE, ChatFormat
 from crosslora.text.vocabulary import Vocabulary
@@ -86,7 +86,7 @@ def test_seeds_with_blank_lines_stay_whole() -> None:
 def test_a_template_without_a_beginning_gives_the_teacher_nothing_to_go_on_from() -> None:
     chat = ChatFormat(byte_level_tokenizer(), "{% for m in messages %}{{ m['content'] + '\\n' }}{% endfor %}")
     with pytest.raises(UserError, match="nothing before or after the user's text"):
-        build_strategies(None, Vocabulary(chat.tokenizer), chat, Synthesis())  # type: ignore[arg-type]
+        check_prompts(Prompts(), chat)
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,18 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
 import pytest
+from ray.exceptions import RayTaskError
 from safetensors.torch import load_file, save_file
 
 from crosslora import cluster
-from crosslora.config import Synthesis
+from crosslora.config import Base, Synthesis
+from crosslora.errors import UserError
+from crosslora.models import load_format
 from crosslora.run_folder import RunFolder, Stage
 from crosslora.teacher import synthesize as synthesis
 from crosslora.teacher.corpus import FILE, read_samples, write_shard
@@ -21,6 +25,7 @@ from crosslora.teacher.prompts import TURNED
 from crosslora.teacher.synthesize import synthesize
 from tests.failing import FailsOnce
 from tests.teacher.test_corpus import sample
+from tests.tiny import bare_config, tiny_llama
 from tests.tiny_pair import make_pair, tiny_config
 
 
@@ -41,6 +46,31 @@ def test_engines_go_by_what_was_decided_for_the_shards_that_there_are(
     write_shard(stage.folder, stage.name, 0, samples[:1], 1)
     write_shard(stage.folder, stage.name, 1, samples, len(samples))
     assert synthesis._are_answers(stage, [0, 1], Synthesis()) is answers
+
+
+def test_what_the_user_can_mend_is_said_without_the_engines_traceback() -> None:
+    trace = "Traceback (most recent call last)\n  ..."
+    error = RayTaskError("shard", trace, UserError("mend it")).as_instanceof_cause()
+    assert str(error) != "mend it", "as Ray hands it over"
+    with pytest.raises(UserError, match=r"^mend it$"):
+        synthesis._refuse(error)
+    synthesis._refuse(RayTaskError("shard", trace, ValueError("no")).as_instanceof_cause())
+
+
+def test_a_prompt_with_its_answer_must_fit_into_the_context_of_the_source(tmp_path: Path) -> None:
+    base = Base(base=str(tiny_llama(tmp_path)))  # of 512 positions
+    chat = load_format(base.base, base)
+    for tokens, fits in ((32, True), (500, False)):
+        config = bare_config(
+            source={"base": base.base},
+            synthesis={"max_prompt_tokens": 32, "max_response_tokens": tokens},
+        )
+        with (
+            nullcontext()
+            if fits
+            else pytest.raises(UserError, match="has room for 512; lower max_prompt_tokens")
+        ):
+            synthesis.check_room(config, chat)
 
 
 def run(pair: Path, folder: Path, **settings: object) -> Stage:

@@ -6,10 +6,10 @@ from itertools import count
 import numpy as np
 import pytest
 
-from crosslora.config import Synthesis
+from crosslora.config import Prompts, Synthesis
 from crosslora.errors import UserError
 from crosslora.teacher.engine import Generation, Sampling
-from crosslora.teacher.prompts import TURNED, SeedPrompts, SelfPrompts, UnlessAnswers
+from crosslora.teacher.prompts import TURNED, SeedPrompts, SelfPrompts, UnlessAnswers, check_prompts
 from crosslora.teacher.turned import ENDS, ROUNDS, TurnedAnswers, turns
 from crosslora.text.templates import ChatFormat
 from crosslora.text.vocabulary import Vocabulary
@@ -279,9 +279,8 @@ def test_examples_make_room_for_a_long_answer() -> None:
 def test_a_template_that_marks_no_end_of_a_user_turn_has_no_prompts_of_its_own() -> None:
     chat = ChatFormat(byte_level_tokenizer(), "<s>{% for m in messages %}{{ m['content'] }}{% endfor %}")
     assert chat.pre_query_ids and not chat.user_end
-    engine = ByHand(["x"], echo, echo)
     with pytest.raises(UserError, match="before or after the user's text"):
-        SelfPrompts(engine, WORDS, chat, Synthesis())
+        check_prompts(Prompts(), chat)
     said = Generation(np.array(WORDS.encode("go on")), False, *3 * [np.zeros(0)])
     ended = Generation(np.array([*WORDS.encode("hello"), chat.eos_id]), True, *3 * [np.zeros(0)])
     assert turns([said, ended], WORDS, chat) == ["hello"]

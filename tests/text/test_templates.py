@@ -10,6 +10,7 @@ from crosslora.config import Base
 from crosslora.errors import UserError
 from crosslora.models import load_format
 from crosslora.text.templates import PLAIN_TEMPLATE, ChatFormat
+from crosslora.text.vocabulary import Vocabulary
 from tests.tiny import (
     CHATML,
     TOKENIZERS,
@@ -153,3 +154,12 @@ def test_the_ends_of_the_generation_settings_end_a_turn_too(tmp_path: Path) -> N
     (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [*without, other]}))
     chat = load_format(str(folder), Base(base=str(folder)))
     assert chat.stop_ids == without | {other} <= chat.user_stop_ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_goes_on_from_its_prompt(kind: str) -> None:
+    """As a fit is taught it: without the space that some tokenizers put before a text."""
+    tokenizer = TOKENIZERS[kind]()
+    chat, words = ChatFormat(tokenizer), Vocabulary(tokenizer)
+    for answer in ("Paris", " Paris", "two words"):
+        assert chat.answer_ids(answer) == [*words.encode(answer), chat.eos_id]
