@@ -40,7 +40,7 @@ def said_in_a_sentence() -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _fail(
-            f"disk or quota full while writing {error.filename or 'the run folder'}; free some space and run the same command again"
+            f"disk full, or your quota of it, at {error.filename or 'the run folder'}; free some space and run the same command again"
         )
 
 

@@ -31,9 +31,11 @@ class Transfer:
             ),  # a shell's background job ignores it
         )
 
-    def wait_for(self, events_file: Path, text: str) -> None:
+    def wait_for(self, events_file: Path, text: str, seconds: float = 900) -> None:
+        deadline = time.monotonic() + seconds
         while not (events_file.exists() and text in events_file.read_text()):
             assert self.process.poll() is None, "the transfer ended by itself"
+            assert time.monotonic() < deadline, f"no {text!r} in {events_file} within {seconds} s"
             time.sleep(0.1)
 
     def stop(self, how: signal.Signals) -> int:

@@ -65,12 +65,13 @@ class Nodes:
         self._nodes = [self._start(head_host, *head, f"--num-cpus={head_cpus}")]
 
     def __enter__(self) -> "Nodes":
-        for attempt in range(20):
+        deadline = time.monotonic() + 120
+        while True:
             with suppress(subprocess.CalledProcessError):
                 self.job("true")
-                break
-            assert attempt < 19, "the cluster runs no jobs"
-        return self
+                return self
+            assert time.monotonic() < deadline, "the cluster runs no jobs"
+            time.sleep(1)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -142,8 +143,9 @@ class Nodes:
         log = self._folder / f"{uuid.uuid4().hex}.log"
         with log.open("wb") as file:
             node = subprocess.Popen(command, env=self._environment, cwd=ROOT, stdout=file, stderr=file)
+        deadline = time.monotonic() + 120
         while "Ray runtime started" not in log.read_text():
-            assert node.poll() is None, log.read_text()
+            assert node.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         return node
 

@@ -40,7 +40,7 @@ from tests.saved_adapter import (
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OVERLAP = {"q_proj": 1, "layers.0.self_attn.q_proj": 2}  # trained with the first, loaded with the second
 transformers_logging.set_verbosity_error()
-few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture

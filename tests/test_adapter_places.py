@@ -137,3 +137,17 @@ def test_what_has_the_name_of_another_is_said_and_the_rest_is_served(base: Path,
     changes = {change.name: change for change in [*watch.look(), *watch.look()]}
     assert changes.keys() == {"other", str(tmp_path / "y/mine")}
     assert "named 'mine' is there already" in (changes[str(tmp_path / "y/mine")].problem or "")
+
+
+def test_what_does_not_belong_to_a_server_is_refused(base: Path, tmp_path: Path) -> None:
+    folder = tiny_lora(tmp_path / "mine", base, 1, r=4)
+    mine, lora = Found("mine", folder), lora_options([folder])
+    Rules("base", Base(base=str(base)), None, lora).check(mine)
+    for rules, reason in (
+        (Rules("base", None, None, lora | {"max_lora_rank": 2}), "does not fit"),
+        (Rules("base", None, None, lora | {"lora_target_modules": ["q_proj"]}), "does not fit"),
+        (Rules("base", Base(base="x/y"), None, lora), "serve it apart"),
+        (Rules("mine", None, None, lora), "the name of the base"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            rules.check(mine)

@@ -24,4 +24,25 @@ def test_other_ends_pass() -> None:
 def test_a_full_disk_or_quota_is_said(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended, said_in_a_sentence():
         raise OSError(number, "full", "runs/mine/shard")
-    assert ended.value.code == 2 and "full while writing runs/mine/shard" in capsys.readouterr().err
+    assert (
+        ended.value.code == 2
+        and "disk full, or your quota of it, at runs/mine/shard" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "runs/mine"),
+            "runs/mine: Permission denied; give a place",
+        ),
+        (OSError("the bucket is gone\nmore"), "run folder or network: the bucket is gone; check names"),
+    ],
+)
+def test_what_cannot_be_reached_is_said(
+    error: OSError, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, said_in_a_sentence():
+        raise error
+    assert ended.value.code == 2 and said in capsys.readouterr().err

@@ -1,13 +1,14 @@
 """More of a corpus adds to what there is."""
 
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from crosslora import pipeline
 from crosslora.adapter import Adapter
-from crosslora.config import Config
+from crosslora.config import Config, Prompts, load_config
 from crosslora.errors import UserError
 from crosslora.pipeline import INPUTS, _is_as_much, _to_do
 from crosslora.redo import Redo
@@ -54,3 +55,22 @@ def test_stages_that_are_still_to_do(tmp_path: Path) -> None:
     assert _to_do(config, folder, none, "fit") == []
     assert _to_do(config, folder, fit, None) == ["fit", "export", "evaluate"]
     assert _to_do(config, folder, fit, "filter") == []
+
+
+def test_tasks_that_are_evaluated_teach_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their rows are in no input of synthesis, filter and fit."""
+    for identity in ("source_identity", "base_identity"):
+        monkeypatch.setattr(pipeline, identity, lambda *_: {})
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"prompt": "p", "completion": "c"}')
+    bare = bare_config()
+    tasks = bare_config(evaluation={"tasks": [{"name": "t", "path": str(task), "metrics": ["exact_match"]}]})
+    adapter: Any = SimpleNamespace(digest="x")
+    former: Any = SimpleNamespace(digest="y", manifest=dict)
+    for stage in ("synthesize", "filter", "fit", "export"):
+        assert INPUTS[stage](bare, adapter, former) == INPUTS[stage](tasks, adapter, former)
+    assert INPUTS["evaluate"](bare, adapter, former) != INPUTS["evaluate"](tasks, adapter, former)
+
+
+def test_the_demo_has_no_real_prompts() -> None:
+    assert load_config(Path("examples/snips/demo.yaml")).synthesis.prompts == Prompts()

@@ -1,5 +1,6 @@
 """What of an adapter cannot reach the target is said before any work."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,8 @@ def test_a_fused_linear_of_the_target_takes_the_ranks_of_all_that_feed_it(folder
     fused = make_plan(config.model_copy(update={"target": Base(base=str(folder / "fused"))})).adapters[0]
     assert (unfused.rank, unfused.target_rank) == (4, 4)
     assert (fused.rank, fused.target_rank) == (4, 12), "query, key and value"
+
+
+def test_linears_of_no_known_role_are_listed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "discover", lambda c: replace(discover(c), unknown=("model.router",)))
+    assert make_plan(config_of(folder, "_proj")).unmapped_modules == ["model.router"]

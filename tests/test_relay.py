@@ -122,3 +122,21 @@ def test_an_endpoint_is_as_well_as_the_worse_of_its_engines(own: int, beside: in
 
     relay = Relay(engine(own), lambda model: True, Beside(engine(beside)))
     assert TestClient(relay).get("/health").status_code == said
+
+
+def test_a_model_is_asked_where_it_is_and_both_are_listed() -> None:
+    def engine(name: str) -> Starlette:
+        async def complete(request: Request) -> Response:
+            return JSONResponse({"engine": name, "asked": (await request.json())["model"]})
+
+        async def models(request: Request) -> Response:
+            return JSONResponse({"data": [{"id": name}]})
+
+        return Starlette(
+            routes=[Route("/v1/completions", complete, methods=["POST"]), Route("/v1/models", models)]
+        )
+
+    client = TestClient(Relay(engine("own"), lambda model: model == "a", Beside(engine("other"))))
+    answers = [client.post("/v1/completions", json={"model": model}).json() for model in ("a", "b")]
+    assert answers == [{"engine": "own", "asked": "a"}, {"engine": "other", "asked": "b"}]
+    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["own", "other"]

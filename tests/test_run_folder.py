@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from pyarrow import fs as arrow_fs
 
 from crosslora.errors import UserError
 from crosslora.run_folder import PASSWORD, RunFolder, below, differences, stage_states
@@ -165,3 +166,13 @@ def test_a_lock_that_was_deleted_or_replaced_by_hand_ends_no_run(tmp_path: Path)
 )
 def test_the_query_of_a_uri_stays_at_its_end(place: str, inner: str) -> None:
     assert below(place, "export/a") == inner
+
+
+def test_a_store_without_a_local_folder_keeps_a_second_writer_out_too(tmp_path: Path) -> None:
+    inside = arrow_fs.SubTreeFileSystem(str(tmp_path), arrow_fs.LocalFileSystem())
+    store = RunFolder("s3://bucket/run", inside, "run")
+    assert store.local_root is None
+    with store.writing(), pytest.raises(UserError, match="in use by process"), store.writing():
+        pass
+    store.stage("fit/a", {}).event("step")
+    assert len(store.sub("fit/a/events").entries()) == 1, "a file per event: it cannot append"

@@ -12,6 +12,7 @@ from transformers import (
     GPTBigCodeConfig,
     Lfm2Config,
     MambaConfig,
+    MixtralConfig,
     Phi3Config,
     PretrainedConfig,
     T5Config,
@@ -95,3 +96,10 @@ def test_the_layer_map_keeps_the_order_and_the_ends() -> None:
     assert pi == sorted(pi) and (pi[0], pi[-1], len(pi)) == (0, 29, 18)
     assert layer_map(18, 30) == sorted(layer_map(18, 30))
     assert layer_map(5, 1) == [0]
+
+
+def test_experts_are_not_moved() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2, vocab_size=64)
+    roles = {role for linear in discover(config).linears for role in linear.roles}
+    assert roles == {"query", "key", "value", "attention_out"}

@@ -38,3 +38,13 @@ def test_random_updates_are_as_large_as_the_sources_beside_their_weights(tmp_pat
     ]
     expected = torch.stack(updates).square().mean().sqrt() / torch.stack(weights).square().mean().sqrt()
     torch.testing.assert_close(ratios[0], expected, rtol=0.2, atol=0)
+
+
+def test_cropped_onto_its_own_base_an_adapter_is_as_it_was(tmp_path: Path) -> None:
+    base = Base(base=str(tiny_llama(tmp_path / "source")))
+    adapter = read_adapter(tiny_lora(tmp_path / "adapter", tmp_path / "source"))
+    transfer = build_transfer(adapter, base, base, TokenizerPair.load(base, base), 0)
+    cropped = baseline("crop", transfer, base.base, base.base, 0)
+    assert cropped.keys() == adapter.factors.keys()
+    for path, own in adapter.factors.items():
+        torch.testing.assert_close(cropped[path].B @ cropped[path].A, own.B @ own.A)

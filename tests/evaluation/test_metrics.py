@@ -3,7 +3,7 @@ from importlib import import_module
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from crosslora.errors import UserError
@@ -53,7 +53,6 @@ def test_json_slots(pred: str, score: float) -> None:
     assert json_slots(pred, REF) == pytest.approx(score)
 
 
-@settings(deadline=None)
 @given(flat_objects, flat_objects)
 def test_json_slots_is_the_f1_of_precision_and_recall(pred: dict[str, str], ref: dict[str, str]) -> None:
     predicted, wanted = ({(key, value.lower()) for key, value in obj.items()} for obj in (pred, ref))
@@ -118,7 +117,6 @@ def test_rouge_l_reads_other_alphabets() -> None:
 words = st.lists(st.sampled_from(["a", "b", "C", "d1", ",", "_x", "a-b"]), max_size=30).map(" ".join)
 
 
-@settings(deadline=None)
 @given(words | st.text(st.characters(max_codepoint=127)), words)
 def test_rouge_l_equals_the_package_on_ascii(pred: str, ref: str) -> None:
     package = import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"])

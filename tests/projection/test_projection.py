@@ -10,12 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config
 
 from crosslora.adapter import LoraFactors, read_adapter, write_adapter
 from crosslora.errors import UserError
-from crosslora.projection.initial import random_map, start_maps
-from crosslora.projection.mapping import build_slots, split_roles
+from crosslora.projection.initial import random_map, residual_map, start_maps
+from crosslora.projection.mapping import build_slots, layer_map, split_roles
 from crosslora.projection.projection import Projection, SpaceMap
 from crosslora.projection.start import UNIT, span_basis, start_of, whole_basis
 from crosslora.projection.student import Student, check_logits
-from crosslora.topology import discover
+from crosslora.topology import READS, WRITES, Topology, discover
 from tests.tiny import tiny_gemma, tiny_llama, tiny_lora
 
 PHI = Phi3Config(
@@ -67,14 +67,43 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return source, tiny_gemma(root / "target"), tiny_lora(root / "lora", source)
 
 
-def project(factors: dict[str, LoraFactors], source: Any, target: Any, zero: bool = False) -> Projection:
-    maps_from = random_map(
-        target.widths["residual"], source.widths["residual"], torch.Generator().manual_seed(1)
-    )
-    maps = start_maps(maps_from, source.widths, target.widths, 0)
+def maps_of(source: Topology, target: Topology) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    residual = random_map(target.widths["residual"], source.widths["residual"], generator)
+    return start_maps(residual, source.widths, target.widths, 0)
+
+
+def project(
+    factors: dict[str, LoraFactors], source: Topology, target: Topology, zero: bool = False
+) -> Projection:
+    maps = maps_of(source, target)
     slots = build_slots(factors, source, target)
     start = start_of(slots, target.widths, maps, None if zero else maps, span_basis)
     return Projection(slots, start, residual=True)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_factors_are_those_of_the_formula(pair: tuple[Path, Path, Path], fused: bool) -> None:
+    """Of every layer and role, also where one linear holds several: B_t A_t = P_out B_s A_s P_in^T."""
+    source = discover(AutoConfig.from_pretrained(pair[0]))
+    target = discover(PHI if fused else AutoConfig.from_pretrained(pair[1]))
+    factors, maps = read_adapter(pair[2]).factors, maps_of(source, target)
+    mapped = project(factors, source, target).lora_factors()
+    by_role, layers = split_roles(factors, source), layer_map(source.num_layers, target.num_layers)
+    assert len({A.sum().item() for A, _ in by_role.values()}) == len(by_role), "no two are the same"
+    for linear in target.linears:
+        update = mapped[linear.path].B @ mapped[linear.path].A
+        for role, rows in zip(linear.roles, update.split(linear.widths), strict=True):
+            A_s, B_s = by_role[layers[linear.layer], role]
+            wanted = (maps[WRITES[role]] @ B_s) @ (A_s @ maps[READS[role]].T)
+            torch.testing.assert_close(rows, wanted, atol=1e-4, rtol=1e-4, msg=f"{linear.path} {role}")
+
+
+def test_a_rotation_of_the_embeddings_is_found() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rotation, _ = torch.linalg.qr(torch.randn(24, 24, generator=generator))
+    rows = torch.randn(300, 24, generator=generator)
+    torch.testing.assert_close(residual_map(rows, rows @ rotation.T), rotation, atol=1e-4, rtol=0)
 
 
 def test_fused_target_and_back(pair: tuple[Path, Path, Path]) -> None:

@@ -1,20 +1,29 @@
 """Which position is scored against which row, and in which order samples come."""
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
+from crosslora.teacher.corpus import Sample
 from crosslora.text.alignment import Targets
+from crosslora.text.pair import TokenizerPair
+from crosslora.text.templates import ChatFormat
+from crosslora.text.vocabulary import Vocabulary, shared_tokens
 from crosslora.training.batches import (
     HELD_OUT_BATCH,
     Example,
     batch_indices,
+    build_examples,
     collate,
     held_out_batches,
     micro_batches,
 )
+from tests.teacher.test_corpus import sample
+from tests.text.test_vocabulary import byte_level_without
+from tests.tiny import byte_level_tokenizer
 
 
 def example(prompt: list[int], response: list[int]) -> Example:
@@ -37,8 +46,10 @@ def test_each_row_is_scored_at_the_position_before_its_token() -> None:
 
 
 def test_moving_a_batch_keeps_it() -> None:
-    batch = collate([example([1], [2, 9])]).to(torch.device("cpu"))
-    assert len(batch.rows) == 2 and batch.rows.top_ids.dtype == torch.int64
+    batch = collate([example([1], [2, 9])])
+    moved = batch.to(torch.device("cpu"))
+    assert torch.equal(moved.ids, batch.ids) and torch.equal(moved.positions, batch.positions)
+    assert all(torch.equal(new, vars(batch.rows)[name]) for name, new in vars(moved.rows).items())
 
 
 EXAMPLES = [example([1] * (1 + n * 7 % 12), [2, 9]) for n in range(12)]
@@ -88,3 +99,19 @@ def test_held_out_samples_are_shared_out_once_in_equally_many_batches(number: in
         e.targets.student_ids[1] for share in shares for batch, counts in share if counts for e in batch
     ]
     assert sorted(counted) == list(range(number))
+
+
+def test_what_the_student_cannot_write_or_is_too_long_is_left_out() -> None:
+    teacher, student = byte_level_tokenizer(), byte_level_without("\x04")
+    student.add_special_tokens({"eos_token": "</s>"})
+    words = Vocabulary(teacher), Vocabulary(student)
+    pair = TokenizerPair(ChatFormat(teacher), ChatFormat(student), *words, shared_tokens(*words))
+    samples = [said(text, words[0], pair.teacher.eos_id) for text in ("good", "b\x04d", "long " * 40)]
+    (kept,) = build_examples(samples, pair, max_tokens=100)
+    assert pair.student_words.text(kept.targets.student_ids[:-1].tolist()) == "good"
+
+
+def said(text: str, words: Vocabulary, eos: int) -> Sample:
+    ids = np.array([*words.encode(text), eos], dtype=np.int32)
+    logprobs = np.zeros((len(ids), 1), dtype=np.float32)
+    return replace(sample("0"), response=text, response_ids=ids, top_ids=ids[:, None], top_logprobs=logprobs)
