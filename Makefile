@@ -33,7 +33,7 @@ lint: $(READY)
 	@echo "== Style and types"
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
-	@$(RUN) mypy crosslora benchmarks tests ray_jobs
+	@$(RUN) mypy crosslora benchmarks examples tests ray_jobs
 
 test: lint models
 	@echo "== Tests"

@@ -34,7 +34,7 @@ from crosslora.models import load_model, resolve
 from crosslora.precision import decided
 from crosslora.projection.build import build_transfer
 from crosslora.projection.student import Student
-from crosslora.run_folder import RunFolder
+from crosslora.run_folder import RunFolder, config_of_run
 from crosslora.teacher.corpus import read_corpus
 from crosslora.text.pair import TokenizerPair
 from crosslora.training.batches import Batch, Example, batch_indices, build_examples, collate, micro_batches
@@ -130,7 +130,7 @@ def main() -> None:
     cpus = len(os.sched_getaffinity(0))
     torch.set_num_threads(cpus)
     folder = RunFolder.open(given.run)
-    config = decided(Config.model_validate(folder.read_json("run.json")["config"]))
+    config = decided(config_of_run(given.run))
     name = config.adapters[0].name
     pair = TokenizerPair.load(config.source, config.target)
     train, _ = read_corpus(folder, f"synthesize/{name}", f"filter/{name}")

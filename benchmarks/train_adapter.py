@@ -62,8 +62,13 @@ class Conversation:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold U+2028
-    return [json.loads(line) for line in lines if line.strip()]
+    return rows_of(path.read_text(encoding="utf-8"))
+
+
+def rows_of(text: str) -> list[dict[str, str]]:
+    """Of JSON lines."""
+    # not splitlines: JSON may hold U+2028
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def conversations(rows: Sequence[dict[str, str]], chat: ChatFormat) -> list[Conversation]:

@@ -45,23 +45,34 @@ def benchmark(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     with folder.writing(), cluster.session(config.cluster):
         for stage in ("synthesize", "filter", "fit"):
             folder.remove(stage)
-        synthesis = [_synthesis(config, folder, n, arguments.samples) for n in sorted(arguments.engines)]
+        rows: dict[str, list[dict[str, Any]]] = {"synthesis": [], "fit": []}
+        result = {**rows, "config": config.model_dump(mode="json")}
+
+        def keep(series: str, row: dict[str, Any]) -> None:
+            rows[series].append(row)
+            folder.write_json("benchmark.json", result)  # a later row may not come about
+
+        for n in sorted(arguments.engines):
+            keep("synthesis", _synthesis(config, folder, n, arguments.samples))
         corpus = folder.stage(f"synthesize/{max(arguments.engines)}", {})
         filtered = folder.stage("filter/all", {})
         filter_corpus(config, corpus, filtered)
-        fitting = [_fit(config, folder, n, (corpus, filtered)) for n, config in fits.items()]
-        result = {"synthesis": synthesis, "fit": fitting, "config": config.model_dump(mode="json")}
-        folder.write_json("benchmark.json", result)
+        for n, fit_config in fits.items():
+            keep("fit", _fit(fit_config, folder, n, (corpus, filtered)))
     return result
 
 
 def _synthesis(config: Config, folder: RunFolder, engines: int, samples: int) -> dict[str, Any]:
     settings = {"engines": engines, "samples": engines * samples, "shard_size": samples, "minutes": None}
     config = _with(config, "synthesis", settings)
+    gpus = config.gpus_per_engine_and_node
+    bundles = cluster.engine_bundles(gpus, config.synthesis.pipeline_parallel, engines)
+    # of all: one that comes later would find its shard taken
+    cluster.require(bundles[0], engines * len(bundles), "synthesize", config.cluster.wait_seconds)
     manifest = synthesize(config, config.adapters[0].path, folder.stage(f"synthesize/{engines}", {}))
     rate = manifest["response_tokens_per_second"]
-    gpus = config.gpus_per_engine_and_node * config.synthesis.pipeline_parallel
-    return {"engines": engines, "response_tokens_per_second": rate, **_per_device(rate, engines, gpus)}
+    per_device = _per_device(rate, engines, gpus * config.synthesis.pipeline_parallel)
+    return {"engines": engines, "response_tokens_per_second": rate, **per_device}
 
 
 def _fit_config(config: Config, workers: int, steps: int) -> Config:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from crosslora import __version__
 from crosslora.serve import Settings, ray_service
 
 ROOT = Path(__file__).parent.parent
@@ -135,3 +137,13 @@ def test_a_field_that_kuberay_does_not_know_is_found(kind: str, kuberay: dict[st
     nodes["headGroupSpec"]["template"]["spec"]["containers"][0]["imagePulPolicy"] = "Always"
     with pytest.raises(jsonschema.ValidationError, match="imagePulPolicy"):
         jsonschema.validate(manifest, kuberay[kind])
+
+
+def test_images_are_of_this_version() -> None:
+    image = re.compile(r"REGISTRY/crosslora:([\w.]+)")
+    for file in [
+        *(ROOT / "deploy/kuberay").glob("*.yaml"),
+        ROOT / "deploy/Dockerfile",
+        ROOT / "docs/cluster.md",
+    ]:
+        assert all(version == __version__ for version in image.findall(file.read_text())), file

@@ -10,7 +10,11 @@ seeds, which takes many hours on two cores; it can be stopped and goes on where 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+
+from rich.markup import escape
 
 from benchmarks.alone import alone
 from benchmarks.quality.answers import greedy, nats
@@ -18,6 +22,7 @@ from benchmarks.quality.cells import DIRECTIONS, SEEDLESS, Cell, conditions
 from benchmarks.quality.methods import METHODS, make_source_adapter
 from benchmarks.quality.summary import summarise
 from benchmarks.quality.tasks import TASKS
+from crosslora.errors import UserError
 from crosslora.evaluation.tasks import Item, score
 from crosslora.progress import say
 
@@ -32,11 +37,18 @@ def main() -> None:
     parser.add_argument("--random-seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--summary", action="store_true", help="only write table and chart of what there is")
     given = parser.parse_args()
+    failed = []
     for cell in () if given.summary else cells(given):
         if not cell.result_file.exists():
             say(f"[bold]{cell.name}[/bold]")
-            run(cell)
+            try:
+                run(cell)
+            except (UserError, BrokenProcessPool) as error:  # refused, or killed for its memory
+                say(f"[red]{cell.name}: {escape(str(error))}[/red]")
+                failed.append(cell.name)
     summarise()
+    if failed:
+        sys.exit(f"not made: {', '.join(failed)}")
 
 
 def cells(given: argparse.Namespace) -> Iterator[Cell]:

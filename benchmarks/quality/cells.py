@@ -60,6 +60,14 @@ def _commit() -> str:
         return ""
 
 
+def write_whole(file: Path, text: str) -> None:
+    """The whole file or none of it: what there is already took hours."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(text)
+    unfinished.rename(file)
+
+
 @dataclass(frozen=True)
 class Cell:
     direction: str
@@ -122,7 +130,4 @@ class Cell:
     def write(self, result: dict[str, Any]) -> None:
         if self.method not in SOURCELESS:
             result = {"source_steps": self.setting.source_steps} | result
-        self.result_file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.result_file.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(asdict(self) | result) + "\n")
-        unfinished.rename(self.result_file)
+        write_whole(self.result_file, json.dumps(asdict(self) | result) + "\n")

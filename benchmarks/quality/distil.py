@@ -61,7 +61,7 @@ class PlainLora(nn.Module):
 class Distilled:
     factors: dict[str, LoraFactors]
     minutes: float
-    """Of the steps and the looks at the held-out samples."""
+    """Of the steps, the looks at the held-out samples, and the writing of what is rehearsed; without loading."""
     tokens_per_second: float
     held_out: dict[int, float]
     """Step -> loss on the held-out samples, nats."""

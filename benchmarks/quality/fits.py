@@ -15,7 +15,7 @@ from typing import Any
 
 import crosslora
 from benchmarks.alone import alone
-from benchmarks.quality.cells import WORK, Cell, conditions
+from benchmarks.quality.cells import WORK, Cell, conditions, write_whole
 from benchmarks.quality.distil import distil, teacher_kl
 from benchmarks.quality.methods import corpus_stages, make_source_adapter, with_residual
 from crosslora.config import Config, Prompts
@@ -48,14 +48,14 @@ def main() -> None:
     crosslora.transfer(config, until="filter")
     real = _real(config)
     crosslora.transfer(real, until="filter")
-    found = json.loads(RESULTS.read_text())
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     source_steps = CELL.setting.source_steps
     for name, settings in SETTINGS.items():
         if (name, source_steps) not in {(entry["name"], entry["source_steps"]) for entry in found}:
             say(f"[bold]{name}[/bold]")
             about = {"name": name, "settings": settings, "source_steps": source_steps}
             found.append(about | _fit(config, real, settings))
-            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+            write_whole(RESULTS, json.dumps(found, indent=1) + "\n")
 
 
 def _fit(config: Config, real: Config, settings: dict[str, Any]) -> dict[str, Any]:

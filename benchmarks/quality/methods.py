@@ -15,7 +15,7 @@ import crosslora
 from benchmarks.alone import alone
 from benchmarks.quality import closed
 from benchmarks.quality.answers import plain_prompts
-from benchmarks.quality.cells import BATCH, WORK, Cell
+from benchmarks.quality.cells import BATCH, WORK, Cell, write_whole
 from benchmarks.quality.distil import PlainLora, distil
 from benchmarks.quality.tasks import Row
 from benchmarks.train_adapter import DTYPE, Recipe, conversations, mean_loss, save, train
@@ -68,14 +68,14 @@ def oracle(cell: Cell) -> Report:
         completions_only=True,
         random_seed=cell.random_seed,
     )
-    if cell.random_seed == 0 and (cell.folder / "adapter_config.json").exists():
+    if cell.random_seed == 0:
         return tried  # made while its learning rate was chosen
     return tried | alone(_train_into, base, rows[VALIDATION:], recipe, cell.folder, "oracle")
 
 
 def _oracle_rate(cell: Cell) -> tuple[float, Report]:
     """Best of three by the validation loss with random seed 0; other random seeds take it over."""
-    folder = cell.folder.parent / "oracle-rates"
+    folder = cell.folder.parent / f"oracle-rates-{cell.setting.steps}"
     for rate in ORACLE_RATES:
         if not (folder / f"{rate}.json").exists():
             rank = read_settings(cell.source_adapter).r
@@ -86,9 +86,8 @@ def _oracle_rate(cell: Cell) -> tuple[float, Report]:
             (folder / f"{rate}.json").write_text(json.dumps({"loss": loss}))
     losses = {rate: json.loads((folder / f"{rate}.json").read_text())["loss"] for rate in ORACLE_RATES}
     best = min(losses, key=lambda rate: losses[rate])
-    if cell.random_seed == 0 and not cell.folder.exists():
-        cell.folder.parent.mkdir(parents=True, exist_ok=True)
-        (folder / str(best)).rename(cell.folder)
+    if cell.random_seed == 0:
+        shutil.copytree(folder / str(best), cell.folder, dirs_exist_ok=True)
     return best, {"learning_rate": best, "validation_losses": losses}
 
 
@@ -124,9 +123,10 @@ def generic(cell: Cell) -> Report:
     """The product with prompts of no domain, which the source base alone writes: what any fine-tuning on the teacher's
     answers would bring."""
     config = cell.config()
-    file = WORK / "data" / f"{cell.direction}-generic-{cell.random_seed}.jsonl"
+    count = 2 * config.synthesis.samples
+    file = WORK / "data" / f"{cell.direction}-generic-{count}-{cell.random_seed}.jsonl"
     if not file.exists():
-        written = alone(plain_prompts, cell.bases[0], 2 * config.synthesis.samples, cell.random_seed)
+        written = alone(plain_prompts, cell.bases[0], count, cell.random_seed)
         _write_prompts(file, written)
     return _transferred(cell, _with_prompts(config, "generic", Prompts(self=0, file=1, prompts_file=file)))
 
@@ -140,8 +140,7 @@ def real_prompts(cell: Cell) -> Report:
 
 
 def _write_prompts(file: Path, prompts: Sequence[str]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    write_whole(file, "".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
 
 
 def _with_prompts(config: Config, name: str, prompts: Prompts) -> Config:

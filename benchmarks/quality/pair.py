@@ -30,7 +30,7 @@ from torch import nn
 import crosslora
 from benchmarks.alone import alone
 from benchmarks.quality.answers import greedy
-from benchmarks.quality.cells import WORK, Cell, conditions
+from benchmarks.quality.cells import WORK, Cell, conditions, write_whole
 from benchmarks.quality.distil import distil, teacher_kl, train_student
 from benchmarks.quality.methods import corpus_stages, make_source_adapter, transfer_of, with_residual
 from crosslora.adapter import LoraFactors, write_adapter
@@ -74,7 +74,7 @@ def main() -> None:
         "outside": outside(transfer_of(held_out), [transfer_of(cell) for cell in cells.values()]),
     }
     entry |= {"moved": _moved(held_out, maps), "starts": _starts(held_out, maps)} | conditions()
-    RESULTS.write_text(json.dumps([e for e in found if e["held_out"] != task] + [entry], indent=1) + "\n")
+    write_whole(RESULTS, json.dumps([e for e in found if e["held_out"] != task] + [entry], indent=1) + "\n")
 
 
 class Together(nn.Module):

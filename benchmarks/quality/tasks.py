@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.quality import made
+from benchmarks.train_adapter import read_rows, rows_of
 
 DATA = Path(__file__).parent / "data"
 SNIPS_TEST = Path("examples/snips/test.jsonl")
@@ -38,8 +38,7 @@ class BenchmarkTask:
 
 
 def snips() -> tuple[list[Row], list[Row]]:
-    test = SNIPS_TEST.read_text(encoding="utf-8").splitlines()
-    return packed("snips_train"), [json.loads(line) for line in test]
+    return packed("snips_train"), read_rows(SNIPS_TEST)
 
 
 def gsm8k() -> tuple[list[Row], list[Row]]:
@@ -61,8 +60,7 @@ def facts() -> tuple[list[Row], list[Row]]:
 
 
 def packed(name: str) -> list[Row]:
-    lines = gzip.decompress((DATA / f"{name}.jsonl.gz").read_bytes()).decode().splitlines()
-    return [json.loads(line) for line in lines]
+    return rows_of(gzip.decompress((DATA / f"{name}.jsonl.gz").read_bytes()).decode())
 
 
 SLOTS = ("json_slots", "json_field:intent", "exact_match", "nats")

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality import fits, made, summary
+from benchmarks.quality import __main__ as command
+from benchmarks.quality import cells, fits, made, summary
 from benchmarks.quality.cells import RESULTS, Cell
 from benchmarks.quality.tasks import TASKS
+from crosslora.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -117,3 +119,23 @@ def test_committed_fits_are_what_they_say() -> None:
     assert found
     for entry in found:
         assert entry["settings"] == fits.SETTINGS[entry["name"]]
+
+
+def test_a_cell_that_is_refused_keeps_no_other_from_being_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, summaries = [], []
+
+    def run(cell: Cell) -> None:
+        if cell.method == "generic":
+            raise UserError("too few samples")
+        made.append(cell.method)
+
+    monkeypatch.setattr(cells, "RESULTS", tmp_path)
+    monkeypatch.setattr(command, "run", run)
+    monkeypatch.setattr(command, "summarise", lambda: summaries.append(1))
+    asked = ["--directions", "smollm2-gemma3", "--tasks", "facts", "--random-seeds", "0"]
+    monkeypatch.setattr("sys.argv", ["quality", *asked, "--methods", "teacher", "generic", "default"])
+    with pytest.raises(SystemExit, match="not made: smollm2-gemma3/facts/generic-0"):
+        command.main()
+    assert made == ["teacher", "default"] and summaries
