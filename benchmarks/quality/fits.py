@@ -1,21 +1,22 @@
 """Settings of the fit on one corpus: how far each student is from the teacher, on the corpus and on real prompts.
 
-    python -m benchmarks.quality.fits
+    python -m benchmarks.quality.fits --direction gemma3-smollm2 --settings "600 x 4" "600 x 4, rate 2e-3"
 
-From the root of a checkout, after `make models`. The corpus is that of the cell `default` of SNIPS from SmolLM2 to Gemma 3,
-made first where it is missing, and so is what the teacher answers to the prompts of the test. One entry of fits.json each;
-those of this teacher that are there are kept.
+From the root of a checkout, after `make models`. The corpus is that of the cell `default` of SNIPS, made first where it is
+missing, and so is what the teacher answers to the prompts of the test. One entry of fits.json each; those of this teacher
+that are there are kept.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import crosslora
 from benchmarks.alone import alone
-from benchmarks.quality.cells import WORK, Cell, conditions, write_whole
+from benchmarks.quality.cells import DIRECTIONS, WORK, Cell, conditions, write_whole
 from benchmarks.quality.distil import distil, teacher_kl
 from benchmarks.quality.methods import corpus_stages, make_source_adapter, with_residual
 from crosslora.config import Config, Prompts
@@ -24,10 +25,11 @@ from crosslora.run_folder import RunFolder
 from crosslora.teacher.corpus import read_corpus
 
 RESULTS = Path(__file__).with_name("fits.json")
-CELL = Cell("smollm2-gemma3", "snips", "default", 0)
 SETTINGS: dict[str, dict[str, Any]] = {
     "600 x 8": {"steps": 600, "batch_size": 8},
     "600 x 4": {"steps": 600, "batch_size": 4},
+    "600 x 4, rate 2e-3": {"steps": 600, "batch_size": 4, "learning_rate": 2e-3},
+    "600 x 4, rate 4e-3": {"steps": 600, "batch_size": 4, "learning_rate": 4e-3},
     "600 x 4 of 350": {"steps": 600, "batch_size": 4, "most": 350},
     "600 x 4 of 700": {"steps": 600, "batch_size": 4, "most": 700},
     "300 x 8": {"steps": 300, "batch_size": 8},
@@ -43,26 +45,37 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    make_source_adapter(CELL)
-    config = CELL.config()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--direction", choices=DIRECTIONS, default="smollm2-gemma3")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    given = parser.parse_args()
+    cell = Cell(given.direction, "snips", "default", 0)
+    make_source_adapter(cell)
+    config = cell.config()
     crosslora.transfer(config, until="filter")
-    real = _real(config)
+    real = _real(cell, config)
     crosslora.transfer(real, until="filter")
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    source_steps = CELL.setting.source_steps
-    for name, settings in SETTINGS.items():
-        if (name, source_steps) not in {(entry["name"], entry["source_steps"]) for entry in found}:
+    for name in given.settings:
+        about = {
+            "direction": cell.direction,
+            "name": name,
+            "settings": SETTINGS[name],
+            "source_steps": cell.setting.source_steps,
+        }
+        if not any(about.items() <= entry.items() for entry in found):
             say(f"[bold]{name}[/bold]")
-            about = {"name": name, "settings": settings, "source_steps": source_steps}
-            found.append(about | _fit(config, real, settings))
+            found.append(about | _fit(cell, config, real, SETTINGS[name]))
             write_whole(RESULTS, json.dumps(found, indent=1) + "\n")
 
 
-def _fit(config: Config, real: Config, settings: dict[str, Any]) -> dict[str, Any]:
+def _fit(cell: Cell, config: Config, real: Config, settings: dict[str, Any]) -> dict[str, Any]:
     of_fit = {name: value for name, value in settings.items() if name != "most"}
     fit = config.fit.model_copy(update=of_fit | {"evaluate_every": settings["steps"]})
     config = config.model_copy(update={"fit": fit})
-    stages = corpus_stages(CELL)
+    stages = corpus_stages(cell)
     made = alone(distil, config, stages, with_residual, False, settings.get("most"))
     _, held_out = read_corpus(RunFolder.open(config.run), *stages)
     train, rest = read_corpus(RunFolder.open(real.run), *stages)
@@ -77,12 +90,11 @@ def _fit(config: Config, real: Config, settings: dict[str, Any]) -> dict[str, An
     } | conditions()
 
 
-def _real(config: Config) -> Config:
+def _real(cell: Cell, config: Config) -> Config:
     """A run whose corpus is the teacher's likeliest answers to the prompts of the test."""
-    rows = CELL.rows[1]
-    file = WORK / "data" / f"{CELL.task}-test-prompts.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    rows = cell.rows[1]
+    file = WORK / "data" / f"{cell.task}-test-prompts.jsonl"
+    write_whole(file, "".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
     synthesis = {
         "prompts": Prompts(self=0, file=1, prompts_file=file),
         "samples": len(rows),

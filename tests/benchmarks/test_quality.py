@@ -118,6 +118,7 @@ def test_committed_fits_are_what_they_say() -> None:
     found = json.loads(fits.RESULTS.read_text())
     assert found
     for entry in found:
+        assert entry["direction"] in cells.DIRECTIONS
         assert entry["settings"] == fits.SETTINGS[entry["name"]]
 
 
