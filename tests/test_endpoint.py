@@ -497,7 +497,13 @@ def test_a_second_server_on_the_cluster_is_refused(server: Server, folders: Fold
         pass
     bases = {"source": {"base": str(folders.base)}, "target": {"base": str(folders.base)}}
     adapters = [{"name": "one", "path": str(folders.adapters["one"])}]
-    config = bare_config(**bases, adapters=adapters, run=str(tmp_path / "run"), cluster={"address": "auto"})
+    config = bare_config(
+        **bases,
+        adapters=adapters,
+        run=str(tmp_path / "run"),
+        synthesis={"max_response_tokens": 64},  # the base has 512 positions
+        cluster={"address": "auto"},
+    )
     with pytest.raises(UserError, match="Ray Serve already runs"):
         crosslora.transfer(config)
     assert not (tmp_path / "run/synthesize").exists()
