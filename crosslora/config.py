@@ -127,6 +127,7 @@ class Fit(_Section):
     micro_batches: int = Field(1, ge=1)
     """Gradient accumulation: parts into which a worker's share of the batch is cut."""
     learning_rate: float = Field(1e-3, gt=0)
+    """For a target with weights as large as Gemma 3 270M's; with others it is scaled (crosslora/training/rate.py)."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises; it then falls linearly to zero."""
     residual: bool = True

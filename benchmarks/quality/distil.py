@@ -35,6 +35,7 @@ from crosslora.training.batches import (
 )
 from crosslora.training.loop import GRADIENT_NORM, learning_rate, use_plain_attention
 from crosslora.training.losses import losses_of, summed_loss
+from crosslora.training.rate import relative_rate
 from crosslora.training.rehearsal import rehearsal
 
 
@@ -96,7 +97,8 @@ def distil(
     if config.fit.rehearsal and not cross_entropy:  # on text alone its own text would teach it nothing
         train += rehearsal(student.base, pair, train, config.fit.rehearsal, seed)
     batches = ([train[i] for i in indices] for indices in batch_indices(train, config.fit.batch_size, seed))
-    rate, looks = train_student(student, batches, held_out, config.fit)
+    fit = relative_rate(config.fit, config.target)
+    rate, looks = train_student(student, batches, held_out, fit)
     minutes = (time.monotonic() - started) / 60
     with torch.no_grad():
         factors = {path: LoraFactors(A.contiguous(), B.contiguous()) for path, (A, B) in module().items()}

@@ -47,6 +47,7 @@ from crosslora.teacher.corpus import read_corpus
 from crosslora.text.pair import TokenizerPair
 from crosslora.training.batches import Example, batch_indices, build_examples
 from crosslora.training.loop import use_plain_attention
+from crosslora.training.rate import relative_rate
 
 RESULTS = Path(__file__).with_name("pair.json")
 TASKS = ("snips", "spoken", "facts")
@@ -107,7 +108,7 @@ class Together(nn.Module):
 def fit_together(cells: list[Cell], file: Path) -> None:
     """Batches of one adapter after the other, as many steps as a fit of one."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    fit = cells[0].config().fit
+    fit = relative_rate(cells[0].config().fit, cells[0].bases[1])
     transfers = [transfer_of(cell) for cell in cells]
     corpora = [_examples(cell) for cell in cells]
     use_plain_attention(example.length for examples in corpora for example in examples)

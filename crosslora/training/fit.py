@@ -31,6 +31,7 @@ from crosslora.text.alignment import coverage
 from crosslora.text.pair import TokenizerPair
 from crosslora.training.batches import build_examples
 from crosslora.training.checkpoint import LEARNED, START, load
+from crosslora.training.rate import relative_rate
 
 SECONDS_BETWEEN_POLLS = 1.0
 SECONDS_BETWEEN_CHECKS = "0.2"
@@ -41,9 +42,11 @@ def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) ->
     """Train to the stopping point, resuming from the last checkpoint; returns the manifest."""
     config = decided(config)
     reach = check_corpus(config, stage, corpus)
+    settings = relative_rate(config.fit, config.target)
+    say(f"  learning rate {settings.learning_rate:.1e}, for weights as large as the target's")
     with cluster.board() as board:
         job = {
-            "config": config.model_dump(mode="json"),
+            "config": config.model_copy(update={"fit": settings}).model_dump(mode="json"),
             "adapter": str(adapter),
             "corpus": corpus,
             "start": f"{stage.name}/{START}",
