@@ -126,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", help="a finished run folder")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=HERE / "fit.json")
     given = parser.parse_args()
     cpus = len(os.sched_getaffinity(0))
     torch.set_num_threads(cpus)
@@ -146,7 +147,7 @@ def main() -> None:
         "fit_stage_tokens_per_second": folder.read_json(f"fit/{name}/manifest.json")["tokens_per_second"],
         "figures": figures,
     }
-    (HERE / "fit.json").write_text(json.dumps(result, indent=2) + "\n")
+    given.out.write_text(json.dumps(result, indent=2) + "\n")
     print("\n" + "\n".join(f"{key:30s} {value}" for key, value in result.items() if key != "figures"))
 
 

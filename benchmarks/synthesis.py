@@ -118,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=HERE / "synthesis.json")
     parser.add_argument("--child", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -132,10 +133,10 @@ def main() -> None:
         plain = PLAIN if number % 2 else PLAIN[::-1]
         with tempfile.TemporaryDirectory() as temporary:
             rounds.append({n: measure(n, given.samples, Path(temporary)) for n in (CROSSLORA, *plain)})
-    report(rounds, given.samples)
+    report(rounds, given.samples, given.out)
 
 
-def report(rounds: list[dict[str, dict[str, float]]], samples: int) -> None:
+def report(rounds: list[dict[str, dict[str, float]]], samples: int, out: Path) -> None:
     def ratio(figure: str, plain: str) -> float:
         return statistics.median(r[CROSSLORA][figure] / r[plain]["tokens_per_second"] for r in rounds)
 
@@ -147,7 +148,7 @@ def report(rounds: list[dict[str, dict[str, float]]], samples: int) -> None:
         "rounds": rounds,
         "ratios": ratios,
     }
-    (HERE / "synthesis.json").write_text(json.dumps(result, indent=2) + "\n")
+    out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"\n{'crosslora beside':18s} {'responses':>10s} {'whole shard':>12s}")
     for plain, row in ratios.items():
         print(f"{plain:18s} {row['tokens_per_second']:10.3f} {row['shard_tokens_per_second']:12.3f}")

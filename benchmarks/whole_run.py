@@ -89,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", type=Path)
     parser.add_argument("--random-seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, help="benchmarks/quality-NAME.json unless given")
     given = parser.parse_args()
     config, name = load_config(given.config), given.config.stem
     results = [
@@ -110,7 +111,7 @@ def main() -> None:
         "tasks": summaries,
     }
     text = json.dumps(collected, indent=2).replace(f"{ROOT}/", "")  # paths as they are in any checkout
-    (HERE / f"quality-{name}.json").write_text(text + "\n")
+    (given.out or HERE / f"quality-{name}.json").write_text(text + "\n")
     print("\n".join(line for task, summary in summaries.items() for line in table(task, summary)))
 
 
