@@ -64,7 +64,7 @@ class Prompts(_Section):
     self: float = Field(1.0, ge=0)
     """The teacher continues what its chat template writes before a user turn; answers there are turned into prompts."""
     seeds: float = Field(0.0, ge=0)
-    """Seed examples as few-shot demonstrations; needs `seeds_file`."""
+    """The source base goes on with a list of seed examples; needs `seeds_file`."""
     file: float = Field(0.0, ge=0)
     """Unlabelled prompts of yours; needs `prompts_file`."""
     seeds_file: Path | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -12,16 +11,14 @@ from crosslora.config import Prompts, Synthesis
 from crosslora.errors import UserError
 from crosslora.teacher.corpus import FILE
 from crosslora.teacher.engine import Engine, Sampling
+from crosslora.teacher.seeds import SeedPrompts
 from crosslora.teacher.turned import TurnedAnswers, turns
 from crosslora.text.templates import ChatFormat
 from crosslora.text.vocabulary import Vocabulary
 
-SHOTS = 5
-"""Seed examples shown at a time."""
+SELF = "self"
 TURNED = "turned"
-"""Mark of samples whose prompts were written for answers that the teacher gave away."""
-SEPARATORS = ("\n\n", "\n\n###\n\n", "\n\n=====\n\n")
-"""Between two seed examples, the first that stands in none; what is written after the next one is cut off."""
+"""Marks of samples whose prompts the teacher wrote, and of those that stand for answers that it gave away."""
 
 
 class Strategy(Protocol):
@@ -36,78 +33,32 @@ class Strategy(Protocol):
 class SelfPrompts:
     """The teacher continues what its template writes before a user turn, and so writes the user's prompt itself.
 
-    Xu et al., "Magpie: Alignment Data Synthesis from Scratch" (2024), here with the adapter on.
+    Xu et al., "Magpie: Alignment Data Synthesis from Scratch" (2024), here with the adapter on. Where it gives its answers
+    away in that place, requests for these instead.
     """
-
-    name = "self"
 
     def __init__(self, engine: Engine, words: Vocabulary, chat: ChatFormat, settings: Synthesis) -> None:
         self._engine, self._words, self._chat = engine, words, chat
-        self._sampling = _prompt_sampling(chat, settings)
-
-    def prompts(self, count: int, shard: int) -> list[str]:
-        generations = self._engine.generate([self._chat.pre_query_ids] * count, self._sampling, adapter=True)
-        return turns(generations, self._words, self._chat)
-
-
-class SeedPrompts:
-    """The source base alone goes on after a few seed examples, each shown as a user turn."""
-
-    name = "seeds"
-
-    def __init__(
-        self, engine: Engine, words: Vocabulary, chat: ChatFormat, settings: Synthesis, seeds: list[str]
-    ) -> None:
-        self._engine, self._words, self._chat = engine, words, chat
-        self._seeds = seeds
-        self._sampling = _prompt_sampling(chat, settings)
-        self._random_seed = settings.random_seed
-        free = [mark for mark in SEPARATORS if not any(mark in seed for seed in seeds)]
-        self._separator = free[0] if free else SEPARATORS[-1]
-
-    def prompts(self, count: int, shard: int) -> list[str]:
-        chooser = random.Random(f"{self._random_seed}/{shard}")
-        shown = [self._demonstrations(chooser) for _ in range(count)]
-        generations = self._engine.generate(shown, self._sampling, adapter=False)
-        texts = [
-            self._words.text([i for i in g.ids.tolist() if i not in self._chat.user_stop_ids])
-            for g in generations
-        ]
-        ended = [
-            text
-            for text, g in zip(texts, generations, strict=True)
-            if text and (g.finished or self._separator in text)
-        ]
-        return [first for text in ended if (first := text.lstrip().split(self._separator)[0].strip())]
-
-    def _demonstrations(self, chooser: random.Random) -> list[int]:
-        chosen = chooser.sample(self._seeds, min(SHOTS, len(self._seeds)))
-        return [
-            *self._chat.pre_query_ids,
-            *self._words.encode("".join(seed + self._separator for seed in chosen)),
-        ]
-
-
-class UnlessAnswers:
-    """What a strategy writes; where the teacher gives its answers away, requests for these in its place."""
-
-    def __init__(self, strategy: Strategy, turned: TurnedAnswers) -> None:
-        self._strategy, self._turned = strategy, turned
+        self._sampling = Sampling(
+            settings.prompt_temperature, settings.max_prompt_tokens, chat.user_stop_ids, top_k=0
+        )
+        self._turned = TurnedAnswers(engine, words, chat, settings)
 
     def decide(self, known: bool | None) -> bool:
-        """Whether it gives them away: as is known from other engines or shards, else as this engine finds it."""
+        """Whether it gives answers away: as is known from other engines or shards, else as this engine finds it."""
         if known is not None:
             self._turned.are_answers = known
         return self._turned.are_answers
 
     @property
     def name(self) -> str:
-        return TURNED if self._turned.are_answers else self._strategy.name
+        return TURNED if self._turned.are_answers else SELF
 
     def prompts(self, count: int, shard: int) -> list[str]:
         if self._turned.are_answers:
             return self._turned.prompts(count)
-        return self._strategy.prompts(count, shard)
+        generations = self._engine.generate([self._chat.pre_query_ids] * count, self._sampling, adapter=True)
+        return turns(generations, self._words, self._chat)
 
 
 class FilePrompts:
@@ -163,14 +114,11 @@ def build_strategies(
     wanted: Prompts = settings.prompts
     total = wanted.self + wanted.seeds + wanted.file
     chosen: list[tuple[float, Strategy]] = []
-    seeds = read_prompts(wanted.seeds_file, "seeds_file") if wanted.seeds > 0 and wanted.seeds_file else []
-    turned = TurnedAnswers(engine, words, chat, settings, seeds)
     if wanted.self > 0:
-        own = SelfPrompts(engine, words, chat, settings)
-        chosen.append((wanted.self, UnlessAnswers(own, turned)))
-    if seeds:
-        continued = SeedPrompts(engine, words, chat, settings, seeds)
-        chosen.append((wanted.seeds, UnlessAnswers(continued, turned)))
+        chosen.append((wanted.self, SelfPrompts(engine, words, chat, settings)))
+    if wanted.seeds > 0 and wanted.seeds_file:
+        seeds = read_prompts(wanted.seeds_file, "seeds_file")
+        chosen.append((wanted.seeds, SeedPrompts(engine, words, chat, settings, seeds)))
     if wanted.file > 0 and wanted.prompts_file:
         prompts = read_prompts(wanted.prompts_file, "prompts_file")
         per_shard = counts(
@@ -184,7 +132,3 @@ def counts(total: int, shares: list[float]) -> list[int]:
     """Whole numbers that add up to `total`, as near to the shares as can be."""
     edges = [round(total * sum(shares[:i])) for i in range(len(shares))] + [total]
     return [after - before for before, after in pairwise(edges)]
-
-
-def _prompt_sampling(chat: ChatFormat, settings: Synthesis) -> Sampling:
-    return Sampling(settings.prompt_temperature, settings.max_prompt_tokens, chat.user_stop_ids, top_k=0)

@@ -22,9 +22,17 @@ from crosslora.errors import UserError
 from crosslora.precision import decided
 from crosslora.progress import Meter, progress, say
 from crosslora.run_folder import Stage
-from crosslora.teacher.corpus import FILE, Sample, read_shard, shard_exists, write_shard
+from crosslora.teacher.corpus import Sample, read_shard, shard_exists, write_shard
 from crosslora.teacher.engine import Engine, Generation, Sampling, TransformersEngine, VllmEngine
-from crosslora.teacher.prompts import SHOTS, TURNED, UnlessAnswers, build_strategies, counts, read_prompts
+from crosslora.teacher.prompts import (
+    SELF,
+    TURNED,
+    SelfPrompts,
+    build_strategies,
+    counts,
+    read_prompts,
+)
+from crosslora.teacher.seeds import SHOTS, listed, mark_between
 from crosslora.text.templates import ChatFormat
 
 MOST_ENGINE_LOSSES = 3
@@ -57,7 +65,7 @@ class Teacher:
         as it is known already, since engines might find different things."""
         found = None
         for _, strategy in self._strategies:
-            if isinstance(strategy, UnlessAnswers):
+            if isinstance(strategy, SelfPrompts):
                 found = strategy.decide(are_answers)
         return found
 
@@ -140,8 +148,9 @@ def max_len(chat: ChatFormat, settings: Synthesis) -> int:
     longest = 2 * settings.max_prompt_tokens + around
     if settings.prompts.seeds_file:
         seeds = read_prompts(settings.prompts.seeds_file, "seeds_file")
-        shown = sorted((len(chat.prompt_ids(seed)) for seed in seeds), reverse=True)[:SHOTS]
-        longest = max(longest, sum(shown) + settings.max_prompt_tokens)
+        shown = sorted(seeds, key=lambda seed: len(chat.prompt_ids(seed)), reverse=True)[:SHOTS]
+        text = listed(shown, mark_between(seeds))
+        longest = max(longest, len(chat.tokenizer(text)["input_ids"]) + settings.max_prompt_tokens)
     if settings.prompts.prompts_file:
         given = read_prompts(settings.prompts.prompts_file, "prompts_file")
         longest = max(longest, *(len(chat.prompt_ids(prompt)) for prompt in given))
@@ -378,10 +387,9 @@ def _missing(done: list[int], settings: Synthesis) -> deque[int]:
 
 def _are_answers(stage: Stage, done: list[int], settings: Synthesis) -> bool | None:
     """As it was decided for the shards that there are."""
-    asked = settings.prompts.self + settings.prompts.seeds > 0
-    for index in done if asked else ():
+    for index in done if settings.prompts.self > 0 else ():
         strategies = {sample.strategy for sample in read_shard(stage.folder, stage.name, index)}
-        if strategies - {FILE}:
+        if strategies & {TURNED, SELF}:
             return TURNED in strategies
     return None
 

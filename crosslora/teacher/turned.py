@@ -2,7 +2,7 @@
 
 Such a teacher writes answers where a user's text should stand. They show what it was trained to say, not what it was
 asked. The source base alone writes requests for them, a few examples before its eyes, and the teacher's replies tell
-which of these to keep. Seed examples with the teacher's answers to them are the better examples.
+which of these to keep.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from crosslora.config import Synthesis
 from crosslora.evaluation.metrics import rouge_l
 from crosslora.teacher.engine import Engine, Generation, Sampling
 from crosslora.teacher.filters import NearDuplicates, common_grams
+from crosslora.teacher.seeds import SAME_SHOTS
 from crosslora.teacher.variety import varied
 from crosslora.text.templates import ChatFormat
 from crosslora.text.vocabulary import Vocabulary
@@ -43,8 +44,8 @@ EXAMPLES: list[Pair] = [
     ),
 ]
 """Texts of many kinds, each with what somebody made of it. What an answer says stands in its request too."""
-ENDS = ("###", "=====", "%%%%%")
-"""Between two examples, the first that stands in none."""
+END = "###"
+"""Between two examples."""
 SAID = "User said:"
 TEMPERATURE = 0.7
 """Of the writer; at 1 a small one loses its way."""
@@ -55,8 +56,6 @@ ABOVE = 0.1
 OFTEN = 0.125
 """Share of the texts that are repeated."""
 SHOTS = 4
-SAME_SHOTS = 16
-"""Answers in a row that are shown the same examples: an engine reads these once."""
 PROBES = 64
 """Texts by which it is decided what the teacher writes in the user's place."""
 LEAST_PROBES = 8
@@ -71,21 +70,15 @@ MOST_COPIED = 0.8
 class TurnedAnswers:
     """Requests for answers that the teacher gave away."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        words: Vocabulary,
-        chat: ChatFormat,
-        settings: Synthesis,
-        seeds: Sequence[str] = (),
-    ) -> None:
-        self._engine, self._words, self._chat, self._seeds = engine, words, chat, seeds
+    def __init__(self, engine: Engine, words: Vocabulary, chat: ChatFormat, settings: Synthesis) -> None:
+        self._engine, self._words, self._chat = engine, words, chat
         self._giving = Sampling(1.0, settings.max_response_tokens, chat.user_stop_ids, top_k=0)
         self._probing = Sampling(0.0, settings.max_prompt_tokens, chat.stop_ids, top_k=0)
         self._answering = Sampling(0.0, settings.max_response_tokens, chat.stop_ids, top_k=0)
-        self._longest_request = settings.max_prompt_tokens
-        longest = sorted((len(chat.prompt_ids(seed)) for seed in seeds), reverse=True)[:SHOTS]
-        self._room = max(settings.max_prompt_tokens, sum(longest)) + settings.max_response_tokens
+        self._writing = Sampling(
+            TEMPERATURE, settings.max_prompt_tokens, chat.stop_ids | words.ids_with(END), top_k=0
+        )
+        self._room = settings.max_prompt_tokens + settings.max_response_tokens
         self._chooser = random.Random(settings.random_seed)
 
     @cached_property
@@ -156,28 +149,6 @@ class TurnedAnswers:
             if reply
         ]
 
-    @cached_property
-    def _examples(self) -> list[Pair]:
-        """What the writer sees: the seed examples as the teacher answers them, or texts of many kinds."""
-        replies = self._replies(self._seeds)
-        return [pair for pair in zip(self._seeds, replies, strict=True) if pair[1]] or EXAMPLES
-
-    @cached_property
-    def _end(self) -> str:
-        text = "".join(request + answer for request, answer in self._examples)
-        return next((mark for mark in ENDS if mark not in text), ENDS[-1])
-
-    @cached_property
-    def _writing(self) -> Sampling:
-        tokens, mark = self._words.token_bytes, self._end.encode()
-        marks = {i for i, raw in enumerate(tokens) if raw is not None and mark in raw}
-        return Sampling(TEMPERATURE, self._longest_request, self._chat.stop_ids | marks, top_k=0)
-
-    @cached_property
-    def _most_copied(self) -> float:
-        """Some answers, such as the same text with commas, are nearly what was asked: the examples tell."""
-        return max(MOST_COPIED, *(rouge_l(*pair) for pair in self._examples))
-
     def _replies(self, requests: Sequence[str]) -> list[str]:
         """The teacher's likeliest answers, "" where one does not end."""
         prompts = [self._chat.prompt_ids(request) for request in requests]
@@ -192,14 +163,14 @@ class TurnedAnswers:
         shown: list[list[int]] = []
         for row, answer in enumerate(answers):
             if row % SAME_SHOTS == 0:
-                chosen = self._chooser.sample(self._examples, min(SHOTS, len(self._examples)))
+                chosen = self._chooser.sample(EXAMPLES, SHOTS)
             shown.append(self._shown(chosen, answer))
         generations = self._engine.generate(shown, self._writing, adapter=False)
         return [self._request(generation.ids.tolist()) for generation in generations]
 
     def _shown(self, examples: list[Pair], answer: str) -> list[int]:
         """What the writer goes on from: as many of the examples as there is room for."""
-        parts = [self._words.encode(f"Data: {a}\n{SAID} {request}\n{self._end}\n") for request, a in examples]
+        parts = [self._words.encode(f"Data: {a}\n{SAID} {request}\n{END}\n") for request, a in examples]
         last = self._words.encode(f"Data: {answer}\n{SAID}")
         while parts and sum(map(len, parts)) + len(last) > self._room:
             parts.pop()
@@ -207,7 +178,7 @@ class TurnedAnswers:
 
     def _request(self, ids: list[int]) -> str:
         text = self._words.text([i for i in ids if i not in self._chat.stop_ids]) or ""
-        text, ended, _ = text.partition(self._end)
+        text, ended, _ = text.partition(END)
         # a small writer may begin the next request without the mark
         return text.partition(f"\n{SAID}")[0].strip() if ended or ids[-1] in self._chat.stop_ids else ""
 
@@ -217,7 +188,7 @@ class TurnedAnswers:
         return np.array([float(np.mean(a - b)) for a, b in zip(on, off, strict=True)])
 
     def _is_request(self, request: str, answer: str) -> bool:
-        return bool(request) and request != answer and rouge_l(request, answer) <= self._most_copied
+        return bool(request) and request != answer and rouge_l(request, answer) <= MOST_COPIED
 
 
 def turns(generations: Sequence[Generation], words: Vocabulary, chat: ChatFormat) -> list[str]:

@@ -93,6 +93,11 @@ class Vocabulary:
             raise ValueError(f"id {array[lengths < 0][0]} of tokenizer {self.name} stands for no text")
         return np.cumsum(lengths)
 
+    def ids_with(self, text: str) -> frozenset[int]:
+        """The ids whose bytes hold the text."""
+        wanted = text.encode()
+        return frozenset(i for i, raw in enumerate(self.token_bytes) if raw is not None and wanted in raw)
+
     def text(self, ids: Iterable[int]) -> str | None:
         """The text of `ids`; None where a control id is among them or the bytes are not UTF-8."""
         try:

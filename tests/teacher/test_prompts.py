@@ -3,18 +3,20 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from crosslora.config import Prompts, Synthesis
 from crosslora.errors import UserError
-from crosslora.teacher.engine import Generation
-from crosslora.teacher.prompts import FilePrompts, SeedPrompts, check_prompts, counts, read_prompts
+from crosslora.teacher.prompts import (
+    FilePrompts,
+    check_prompts,
+    counts,
+    read_prompts,
+)
 from crosslora.teacher.synthesize import max_len
 from crosslora.text.templates import PLAIN_TEMPLATE, ChatFormat
-from crosslora.text.vocabulary import Vocabulary
 from tests.tiny import byte_level_tokenizer
 
 
@@ -60,27 +62,6 @@ def test_an_engine_has_room_for_the_template() -> None:
     ]
     around = [len(chat.prompt_ids("")) for chat in chats]
     assert max_len(chats[1], settings) - max_len(chats[0], settings) == around[1] - around[0] > 100
-
-
-class Writer:
-    """An engine that goes on with a seed of two parts and the beginning of another."""
-
-    def __init__(self, words: Vocabulary) -> None:
-        self.words = words
-
-    def generate(self, prompts: list[list[int]], *_: object, **__: object) -> list[Generation]:
-        seen = self.words.text([i for i in prompts[0] if self.words.text([i])]) or ""
-        mark = seen.split("Question: 1")[1].split("Read")[0]
-        ids = np.array(self.words.encode(f"Read this.\n\nQuestion: 3{mark}Read"), dtype=np.int32)
-        return [Generation(ids, False, ids[:, None], ids[:, None], ids)] * len(prompts)
-
-
-def test_seeds_with_blank_lines_stay_whole() -> None:
-    chat = ChatFormat(byte_level_tokenizer())
-    words = Vocabulary(chat.tokenizer)
-    seeds = ["Read this.\n\nQuestion: 1", "Read this.\n\nQuestion: 1"]
-    strategy = SeedPrompts(Writer(words), words, chat, Synthesis(), seeds)  # type: ignore[arg-type]
-    assert strategy.prompts(2, 0) == ["Read this.\n\nQuestion: 3"] * 2
 
 
 def test_a_template_without_a_beginning_gives_the_teacher_nothing_to_go_on_from() -> None:

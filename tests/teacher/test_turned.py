@@ -9,16 +9,14 @@ import pytest
 from crosslora.config import Prompts, Synthesis
 from crosslora.errors import UserError
 from crosslora.teacher.engine import Generation, Sampling
-from crosslora.teacher.prompts import TURNED, SeedPrompts, SelfPrompts, UnlessAnswers, check_prompts
-from crosslora.teacher.turned import ENDS, ROUNDS, TurnedAnswers, turns
+from crosslora.teacher.prompts import TURNED, SelfPrompts, check_prompts
+from crosslora.teacher.turned import END, ROUNDS, TurnedAnswers, turns
 from crosslora.text.templates import ChatFormat
 from crosslora.text.vocabulary import Vocabulary
 from tests.tiny import byte_level_tokenizer
 
 CHAT = ChatFormat(byte_level_tokenizer())
 WORDS = Vocabulary(CHAT.tokenizer)
-
-END = ENDS[0]
 
 
 class ByHand:
@@ -138,30 +136,8 @@ def test_what_is_known_is_not_asked_again(known: bool) -> None:
     assert strategy.decide(known) is known and strategy.name == (TURNED if known else "self")
 
 
-def _own(engine: ByHand) -> UnlessAnswers:
-    turned = TurnedAnswers(engine, WORDS, CHAT, Synthesis())
-    return UnlessAnswers(SelfPrompts(engine, WORDS, CHAT, Synthesis()), turned)
-
-
-def test_seed_examples_show_how_answers_are_turned_round() -> None:
-    shown: list[str] = []
-
-    def write(text: str) -> str:
-        shown.append(text)
-        return f"a request\n{END}"
-
-    engine = ByHand(
-        ["the given answer"], lambda prompt: "and on " * 400 if "never" in prompt else "on", write
-    )
-    engine.effects = {True: 1.0, False: 0.0}
-    seeds = ["light the lamp", "this never ends"]
-    turned = TurnedAnswers(engine, WORDS, CHAT, Synthesis(), seeds)
-    strategy = UnlessAnswers(SeedPrompts(engine, WORDS, CHAT, Synthesis(), seeds), turned)
-    assert strategy.prompts(1, 0) == ["a request"] and strategy.name == TURNED
-    assert all(
-        text == f"Data: on\nUser said: light the lamp\n{END}\nData: the given answer\nUser said:"
-        for text in shown
-    )
+def _own(engine: ByHand) -> SelfPrompts:
+    return SelfPrompts(engine, WORDS, CHAT, Synthesis())
 
 
 def test_the_request_whose_new_answer_is_nearest_is_kept() -> None:
@@ -179,7 +155,7 @@ def test_the_request_whose_new_answer_is_nearest_is_kept() -> None:
 
 def test_what_the_teacher_replies_is_written_for_next() -> None:
     """It gives only two colours away; the third comes as a reply to a request that missed."""
-    replies = {"pink": "pink", "teal": "blue"}
+    replies = {"pink": "pink", "teal": "blue", "blue": "blue"}
     written: list[str] = []
 
     def write(shown: str) -> str:
@@ -187,11 +163,16 @@ def test_what_the_teacher_replies_is_written_for_next() -> None:
         return f"{written[-1]} {len(written)}\n{END}"
 
     engine = ByHand(
-        ["pink", "teal"], lambda prompt: next((v for k, v in replies.items() if k in prompt), "sky"), write
+        ["pink", "teal"], lambda prompt: next(v for k, v in replies.items() if k in prompt), write
     )
     prompts = TurnedAnswers(engine, WORDS, CHAT, Synthesis()).prompts(4)
-    assert written[:4] == ["pink", "teal"] * 2 and {"blue", "sky"} <= set(written)
-    assert {prompt.split()[0] for prompt in prompts} == {"pink", "sky"}  # the replies to these agree
+    assert written[:4] == ["pink", "teal"] * 2 and "blue" in written[4:]
+    assert {prompt.split()[0] for prompt in prompts} == {"pink", "blue"}  # the replies to these agree
+
+
+def test_a_request_that_the_teacher_does_not_answer_is_left_out() -> None:
+    engine = ByHand(["red"], lambda prompt: "and on and on " * 200, lambda shown: f"a request\n{END}")
+    assert TurnedAnswers(engine, WORDS, CHAT, Synthesis()).prompts(4) == []
 
 
 def test_a_request_ends_where_the_next_one_begins() -> None:
@@ -222,37 +203,6 @@ def test_answers_of_one_format_are_not_alike() -> None:
     give = [f"The answer is {letter}." for letter in "ABCD"]
     turned = TurnedAnswers(ByHand(give, echo, echo), WORDS, CHAT, Synthesis())
     assert sorted(turned._given_away(40)) == give
-
-
-def test_examples_may_hold_the_mark_that_ends_them() -> None:
-    shown: list[str] = []
-
-    def write(text: str) -> str:
-        shown.append(text)
-        return f"### Task: sing\n{ENDS[1]}"
-
-    turned = TurnedAnswers(ByHand(["la"], echo, write), WORDS, CHAT, Synthesis(), ["### Task: hum"])
-    assert turned.prompts(1) == ["### Task: sing"]
-    assert shown[0] == f"Data: an answer\nUser said: ### Task: hum\n{ENDS[1]}\nData: la\nUser said:"
-
-
-def test_long_examples_are_shown() -> None:
-    shown: list[str] = []
-    seed = "carry this out with care: " + "word " * 100
-
-    def write(text: str) -> str:
-        shown.append(text)
-        return f"a request\n{END}"
-
-    settings = Synthesis(max_prompt_tokens=32, max_response_tokens=64)
-    turned = TurnedAnswers(ByHand(["la"], echo, write), WORDS, CHAT, settings, [seed])
-    assert turned.prompts(1) == ["a request"] and all(seed in text for text in shown)
-
-
-def test_where_examples_nearly_repeat_their_answers_requests_may() -> None:
-    punctuate = ByHand(["Well, go."], lambda prompt: "Hi, you.", lambda shown: f"well go\n{END}")
-    assert TurnedAnswers(punctuate, WORDS, CHAT, Synthesis()).prompts(1) == []
-    assert TurnedAnswers(punctuate, WORDS, CHAT, Synthesis(), ["hi you"]).prompts(1) == ["well go"]
 
 
 def test_two_labels_give_as_many_prompts_as_are_wanted() -> None:
