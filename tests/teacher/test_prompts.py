@@ -9,12 +9,7 @@ from hypothesis import strategies as st
 
 from crosslora.config import Prompts, Synthesis
 from crosslora.errors import UserError
-from crosslora.teacher.prompts import (
-    FilePrompts,
-    check_prompts,
-    counts,
-    read_prompts,
-)
+from crosslora.teacher.prompts import FilePrompts, check_prompts, counts, read_prompts
 from crosslora.teacher.synthesize import max_len
 from crosslora.text.templates import PLAIN_TEMPLATE, ChatFormat
 from tests.tiny import byte_level_tokenizer
