@@ -78,6 +78,10 @@ def _figures(method: str, scores: dict[str, Scores]) -> dict[str, Any]:
     for name, reference in (("rho", "oracle"), ("rho_teacher", "teacher")):
         if "target_base" in scores and reference in scores and method not in ("target_base", reference):
             figures[name] = _rho(method, reference, scores, draws)
+    if "default" in scores and method != "default":
+        lead = np.mean(scores["default"]) - np.mean(scores[method])
+        between = np.quantile(draws["default"] - draws[method], [0.025, 0.975])
+        figures["lead"] = {"value": float(lead), "interval": between.tolist()}  # of the default
     return figures
 
 
@@ -110,13 +114,14 @@ def _means(method: str, seeds: Scores) -> np.ndarray:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| direction | task | method | random seeds | metric | mean | 95% | rho | 95% | rho_teacher | verbatim test rows | rho_teacher without |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| direction | task | method | random seeds | metric | mean | 95% | rho | 95% | rho_teacher | default's lead | 95% | verbatim test rows | rho_teacher without |",
+        "|" + 14 * "---|",
     ]
     for row in rows:
         cells = [row["direction"], row["task"], row["method"], str(row["random_seeds"]), row["metric"]]
         cells += [f"{row['mean']:.3f}", _span(row["interval"]), *_recovered(row, "rho")]
         cells += _recovered(row, "rho_teacher")[:1]
+        cells += [f"{lead['value']:.3f}", _span(lead["interval"])] if (lead := row.get("lead")) else ["", ""]
         others = row.get("without_verbatim")
         cells += [str(row["n"] - others["n"]), *_recovered(others, "rho_teacher")[:1]] if others else ["", ""]
         lines.append("| " + " | ".join(cells) + " |")

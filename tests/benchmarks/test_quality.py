@@ -90,6 +90,9 @@ def test_gains_are_ratios_of_means_over_random_seeds(tmp_path: Path, monkeypatch
     low, high = rows["default"]["rho"]["interval"]
     assert low < 2 / 3 < high
     assert rows["default"]["rho_teacher"] is None, "the teacher gains nothing"
+    assert rows["oracle"]["lead"]["value"] == pytest.approx(0.6 - 0.8) and "lead" not in rows["default"]
+    low, high = rows["target_base"]["lead"]["interval"]
+    assert 0.3 <= low + 1e-9 and low < 0.4 < high
     others = rows["default"]["without_verbatim"]
     assert others["n"] == rows["default"]["n"] - 1 and others["mean"] > rows["default"]["mean"]
     assert "without_verbatim" not in rows["oracle"]
