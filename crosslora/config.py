@@ -62,7 +62,8 @@ class Prompts(_Section):
     """Where the teacher's prompts come from, mixed by weight."""
 
     self: float = Field(1.0, ge=0)
-    """The teacher continues what its chat template writes before a user turn; answers there are turned into prompts."""
+    """The teacher continues what its chat template writes before a user turn; for one that answers there, the source
+    base writes prompts of no domain."""
     seeds: float = Field(0.0, ge=0)
     """The source base goes on with a list of seed examples; needs `seeds_file`."""
     file: float = Field(0.0, ge=0)

@@ -10,15 +10,16 @@ from typing import Protocol
 from crosslora.config import Prompts, Synthesis
 from crosslora.errors import UserError
 from crosslora.teacher.corpus import FILE
-from crosslora.teacher.engine import Engine, Sampling
+from crosslora.teacher.engine import Engine
+from crosslora.teacher.general import GeneralPrompts
 from crosslora.teacher.seeds import SeedPrompts
-from crosslora.teacher.turned import TurnedAnswers, turns
+from crosslora.teacher.users_place import are_answers, written
 from crosslora.text.templates import ChatFormat
 from crosslora.text.vocabulary import Vocabulary
 
 SELF = "self"
-TURNED = "turned"
-"""Marks of samples whose prompts the teacher wrote, and of those that stand for answers that it gave away."""
+GENERAL = "general"
+"""Marks of samples whose prompts the teacher wrote, and of those that stand in for these where it writes answers."""
 
 
 class Strategy(Protocol):
@@ -33,32 +34,32 @@ class Strategy(Protocol):
 class SelfPrompts:
     """The teacher continues what its template writes before a user turn, and so writes the user's prompt itself.
 
-    Xu et al., "Magpie: Alignment Data Synthesis from Scratch" (2024), here with the adapter on. Where it gives its answers
-    away in that place, requests for these instead.
+    Xu et al., "Magpie: Alignment Data Synthesis from Scratch" (2024), here with the adapter on. Where it writes answers in
+    that place, prompts of no domain instead.
     """
 
     def __init__(self, engine: Engine, words: Vocabulary, chat: ChatFormat, settings: Synthesis) -> None:
-        self._engine, self._words, self._chat = engine, words, chat
-        self._sampling = Sampling(
-            settings.prompt_temperature, settings.max_prompt_tokens, chat.user_stop_ids, top_k=0
-        )
-        self._turned = TurnedAnswers(engine, words, chat, settings)
+        self._engine, self._words, self._chat, self._settings = engine, words, chat, settings
+        self._general = GeneralPrompts(engine, words, chat, settings)
+        self._known: bool | None = None
 
     def decide(self, known: bool | None) -> bool:
-        """Whether it gives answers away: as is known from other engines or shards, else as this engine finds it."""
+        """Whether it writes answers there: as is known from other engines or shards, else as this engine finds it."""
         if known is not None:
-            self._turned.are_answers = known
-        return self._turned.are_answers
+            self._known = known
+        elif self._known is None:
+            self._known = are_answers(self._engine, self._words, self._chat, self._settings)
+        return self._known
 
     @property
     def name(self) -> str:
-        return TURNED if self._turned.are_answers else SELF
+        return GENERAL if self.decide(None) else SELF
 
     def prompts(self, count: int, shard: int) -> list[str]:
-        if self._turned.are_answers:
-            return self._turned.prompts(count)
-        generations = self._engine.generate([self._chat.pre_query_ids] * count, self._sampling, adapter=True)
-        return turns(generations, self._words, self._chat)
+        if self.decide(None):
+            return self._general.prompts(count, shard)
+        temperature, most = self._settings.prompt_temperature, self._settings.max_prompt_tokens
+        return written(self._engine, self._words, self._chat, count, temperature, most)
 
 
 class FilePrompts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from crosslora.progress import Meter, progress, say
 from crosslora.run_folder import Stage
 from crosslora.teacher.corpus import Sample, read_shard, shard_exists, write_shard
 from crosslora.teacher.engine import Engine, Generation, Sampling, TransformersEngine, VllmEngine
+from crosslora.teacher.general import EXAMPLES
 from crosslora.teacher.prompts import (
+    GENERAL,
     SELF,
-    TURNED,
     SelfPrompts,
     build_strategies,
     counts,
@@ -146,8 +147,10 @@ def max_len(chat: ChatFormat, settings: Synthesis) -> int:
     around = len(chat.prompt_ids("a"))
     # what the teacher wrote may take more tokens when it is read again
     longest = 2 * settings.max_prompt_tokens + around
+    lists: list[Sequence[str]] = [EXAMPLES] if settings.prompts.self > 0 else []
     if settings.prompts.seeds_file:
-        seeds = read_prompts(settings.prompts.seeds_file, "seeds_file")
+        lists.append(read_prompts(settings.prompts.seeds_file, "seeds_file"))
+    for seeds in lists:
         shown = sorted(seeds, key=lambda seed: len(chat.prompt_ids(seed)), reverse=True)[:SHOTS]
         text = listed(shown, mark_between(seeds))
         longest = max(longest, len(chat.tokenizer(text)["input_ids"]) + settings.max_prompt_tokens)
@@ -320,7 +323,9 @@ class _Foreman:
         self.are_answers = are_answers if self.are_answers is None else self.are_answers
         if self.are_answers and not self.told:
             self.told = True
-            say("  the teacher writes answers in the user's place; prompts are written for these")
+            say(
+                "  the teacher writes answers in the user's place; the source base writes prompts of no domain"
+            )
 
     def _count_answers(self, meter: Meter) -> None:
         unfinished = {index for _, index in self.work.values()}
@@ -389,8 +394,8 @@ def _are_answers(stage: Stage, done: list[int], settings: Synthesis) -> bool | N
     """As it was decided for the shards that there are."""
     for index in done if settings.prompts.self > 0 else ():
         strategies = {sample.strategy for sample in read_shard(stage.folder, stage.name, index)}
-        if strategies & {TURNED, SELF}:
-            return TURNED in strategies
+        if strategies & {GENERAL, SELF}:
+            return GENERAL in strategies
     return None
 
 

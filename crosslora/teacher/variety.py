@@ -12,8 +12,8 @@ SHARED = 5
 """Texts that have a 5-gram, from which on it belongs to a kind of text rather than to one of them."""
 
 
-def varied(texts: Sequence[str], weights: Sequence[float], count: int) -> list[int]:
-    """Indices of at most `count` texts, the best first; greedily, by weight times novelty.
+def varied(texts: Sequence[str], count: int) -> list[int]:
+    """Indices of at most `count` texts, greedily, by novelty.
 
     The novelty of a text is the mean of 1 / sqrt(1 + n) over its shared 5-grams, n the chosen texts that have them: the
     gain of a sum of square roots of counts (Lin and Bilmes, "A Class of Submodular Functions for Document
@@ -26,8 +26,7 @@ def varied(texts: Sequence[str], weights: Sequence[float], count: int) -> list[i
 
     def gain(index: int) -> float:
         own = shared[index]
-        novelty = sum((1 + used[gram]) ** -0.5 for gram in own) / len(own) if own else 1.0
-        return weights[index] * novelty
+        return sum((1 + used[gram]) ** -0.5 for gram in own) / len(own) if own else 1.0
 
     queue = [(-gain(index), index) for index in range(len(texts))]
     heapq.heapify(queue)

@@ -51,7 +51,7 @@ def test_an_engine_has_room_for_the_longest_prompt_of_a_file(tmp_path: Path) -> 
 
 
 def test_an_engine_has_room_for_the_template() -> None:
-    settings = Synthesis()
+    settings = Synthesis(max_prompt_tokens=512)
     chats = [
         ChatFormat(byte_level_tokenizer(), before + PLAIN_TEMPLATE) for before in ("", "Be brief. " * 100)
     ]

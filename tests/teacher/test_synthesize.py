@@ -21,7 +21,7 @@ from crosslora.models import load_format
 from crosslora.run_folder import RunFolder, Stage
 from crosslora.teacher import synthesize as synthesis
 from crosslora.teacher.corpus import FILE, read_samples, write_shard
-from crosslora.teacher.prompts import TURNED
+from crosslora.teacher.prompts import GENERAL
 from crosslora.teacher.synthesize import synthesize
 from tests.failing import FailsOnce
 from tests.teacher.test_corpus import sample
@@ -35,7 +35,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("strategies", "answers"), [([FILE], None), ([FILE, "self"], False), ([TURNED, FILE], True)]
+    ("strategies", "answers"), [([FILE], None), ([FILE, "self"], False), ([GENERAL, FILE], True)]
 )
 def test_engines_go_by_what_was_decided_for_the_shards_that_there_are(
     strategies: list[str], answers: bool | None, tmp_path: Path

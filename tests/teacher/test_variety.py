@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosslora.teacher.variety import SHARED, varied
+from crosslora.teacher.variety import varied
 
 KINDS = ("play {} on the radio", "will it rain in {}", "book a table for {}")
 
@@ -14,18 +14,12 @@ def of_kind(kind: str, count: int) -> list[str]:
 
 def test_rare_kinds_are_chosen_as_often_as_common_ones() -> None:
     texts = of_kind(KINDS[0], 80) + of_kind(KINDS[1], 15) + of_kind(KINDS[2], 8)
-    chosen = [texts[i] for i in varied(texts, [1.0] * len(texts), 24)]
+    chosen = [texts[i] for i in varied(texts, 24)]
     for kind in KINDS:
         assert 6 <= sum(text.startswith(kind[:5]) for text in chosen) <= 10
 
 
-def test_weights_choose_within_a_kind() -> None:
-    texts = of_kind(KINDS[0], 4 * SHARED)
-    weights = [number / len(texts) for number in range(len(texts))]
-    assert varied(texts, weights, 1) == [len(texts) - 1]
-
-
 @given(st.lists(st.text(), max_size=20), st.integers(0, 30))
 def test_no_text_is_chosen_twice(texts: list[str], count: int) -> None:
-    chosen = varied(texts, [1.0] * len(texts), count)
+    chosen = varied(texts, count)
     assert len(set(chosen)) == len(chosen) == min(count, len(texts))
