@@ -30,6 +30,7 @@ DIRECTIONS = {"smollm2-gemma3": (SMOLLM2, GEMMA3), "gemma3-smollm2": (GEMMA3, SM
 SYNTHESIS = {"samples": 1500, "prompt_temperature": 0.8, "max_response_tokens": 128}
 """The demo's. What is not here or in a task is the default of a transfer."""
 BATCH = 4
+"""Samples per step of source adapters and oracles."""
 SEEDLESS = ("target_base", "teacher", "crop", "cross_lora")
 """Methods that a random seed does not change."""
 SOURCELESS = ("target_base", "oracle")
@@ -119,7 +120,7 @@ class Cell:
             synthesis=Synthesis(**synthesis),
             fit=Fit(
                 steps=self.setting.steps,
-                batch_size=BATCH,
+                batch_size=self.setting.batch,
                 checkpoint_every=100,
                 evaluate_every=200,
                 random_seed=self.random_seed,

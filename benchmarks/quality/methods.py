@@ -159,6 +159,8 @@ def _transferred(cell: Cell, config: Config) -> Report:
         "minutes": {
             stage: stage_minutes(run, f"{stage}/{name}") for stage in ("synthesize", "filter", "fit")
         },
+        "steps": config.fit.steps,
+        "batch_size": config.fit.batch_size,
         "samples": filtered["counts"],
         "coverage": fitted["coverage"],
         "held_out_kl": fitted["held_out_kl"],
