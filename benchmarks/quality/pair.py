@@ -8,7 +8,7 @@ One entry of pair.json each:
 
 - `outside`: share of the squared norm of the held-out adapter's factors that lies outside the span that was fitted
 - `moved`: the held-out adapter by that projection alone, without any training of its own
-- `starts`: fits of the held-out adapter from that projection and from the usual start; KL on held-out samples by step
+- `starts`: fits of the held-out adapter from that projection and from the usual start; loss on held-out samples by step
 """
 
 from __future__ import annotations
