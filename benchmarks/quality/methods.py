@@ -36,6 +36,7 @@ Report = dict[str, Any]
 ORACLE_RATES = (5e-4, 1e-3, 2e-3)
 ALIGNED = 200
 """Conversations whose activations are aligned."""
+LONG_FIT = {"steps": 1500, "batch_size": 4}
 VALIDATION = 100
 """Training rows that only choose the oracle's learning rate."""
 
@@ -191,6 +192,11 @@ def plain_ce(cell: Cell) -> Report:
     return _distilled(cell, PlainLora, cross_entropy=True)
 
 
+def long_fit(cell: Cell) -> Report:
+    """What a transfer learns on its corpus in more and smaller steps."""
+    return _distilled(cell, with_residual, fit=LONG_FIT)
+
+
 def projection_only(cell: Cell) -> Report:
     return _distilled(cell, _projection_only)
 
@@ -214,15 +220,25 @@ def _full_projection(transfer: Transfer, random_seed: int) -> Any:
     return Projection(transfer.slots, start, residual=False)
 
 
-def _distilled(cell: Cell, build: Callable[[Transfer, int], Any], *, cross_entropy: bool = False) -> Report:
+def _distilled(
+    cell: Cell,
+    build: Callable[[Transfer, int], Any],
+    *,
+    cross_entropy: bool = False,
+    fit: Report | None = None,
+) -> Report:
     config = cell.config()
     crosslora.transfer(config, until="filter")
+    config = config.model_copy(update={"fit": config.fit.model_copy(update=fit)})
     made = alone(distil, config, corpus_stages(cell), build, cross_entropy)
     write_adapter(cell.folder, made.factors, config.target.base)
     return {
         "minutes": made.minutes,
+        "steps": config.fit.steps,
+        "batch_size": config.fit.batch_size,
         "tokens_per_second": made.tokens_per_second,
         "best_step": made.best_step,
+        "held_out_loss": made.held_out[made.best_step],
         "verbatim": _verbatim(cell, RunFolder.open(config.run)),
     }
 
@@ -285,6 +301,7 @@ METHODS: dict[str, Callable[[Cell], Report]] = {
     "generic": generic,
     "real_prompts": real_prompts,
     "oracle": oracle,
+    "long_fit": long_fit,
     "plain_kl": plain_kl,
     "plain_ce": plain_ce,
     "projection_only": projection_only,
