@@ -301,7 +301,6 @@ METHODS: dict[str, Callable[[Cell], Report]] = {
     "generic": generic,
     "real_prompts": real_prompts,
     "oracle": oracle,
-    "long_fit": long_fit,
     "plain_kl": plain_kl,
     "plain_ce": plain_ce,
     "projection_only": projection_only,
@@ -312,4 +311,5 @@ METHODS: dict[str, Callable[[Cell], Report]] = {
     "cross_lora": cross_lora,
     "cross_lora_signs": cross_lora_signs,
     "procrustes": procrustes,
+    "long_fit": long_fit,
 }

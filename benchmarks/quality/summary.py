@@ -14,7 +14,7 @@ from benchmarks.quality.tasks import TASKS
 
 HERE = Path(__file__).parent
 RESAMPLES = 2000
-SAME_CORPUS = ("default", "plain_kl", "plain_ce", "projection_only", "full_projection")
+SAME_CORPUS = ("default", "long_fit", "plain_kl", "plain_ce", "projection_only", "full_projection")
 Scores = list[np.ndarray]
 """Scores of each random seed, [n] each."""
 
