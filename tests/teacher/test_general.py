@@ -2,9 +2,16 @@
 
 from collections.abc import Callable
 from itertools import count
+from pathlib import Path
 
-from crosslora.config import Synthesis
+import pytest
+
+from crosslora.config import Synthesis, load_config
+from crosslora.models import load_format, resolve
+from crosslora.teacher.engine import TransformersEngine
 from crosslora.teacher.general import EXAMPLES, WRITTEN, GeneralPrompts
+from crosslora.teacher.prompts import GENERAL, SelfPrompts
+from crosslora.text.vocabulary import Vocabulary
 from tests.teacher.by_hand import CHAT, WORDS, ByHand
 
 ENDLESS = "on and on " * 200
@@ -57,3 +64,16 @@ def test_what_the_teacher_does_not_answer_is_left_out() -> None:
 def test_the_same_prompt_is_used_once() -> None:
     assert _general(lambda prompt: "yes", lambda text: " sing\n") == ["sing"]
     assert _general(lambda prompt: "yes", lambda text: ENDLESS) == []
+
+
+@pytest.mark.real
+def test_a_small_base_writes_what_its_teacher_answers() -> None:
+    config = load_config(Path(__file__).parent.parent.parent / "examples/snips/demo.yaml")
+    folder = resolve(config.source)
+    chat = load_format(folder, config.source)
+    engine = TransformersEngine(folder, config.adapters[0].path, dtype="float32", seed=0)
+    strategy = SelfPrompts(engine, Vocabulary(chat.tokenizer), chat, config.synthesis)
+    assert strategy.decide(True) and strategy.name == GENERAL
+    prompts = strategy.prompts(4, 0)
+    assert 3 <= len(set(prompts)) == len(prompts) <= 4
+    assert not set(prompts) & set(EXAMPLES) and all("\n" not in prompt for prompt in prompts)
