@@ -1,13 +1,12 @@
 """What the source base is shown of seed examples, and what of its writing is taken for a prompt."""
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from crosslora.config import Synthesis, load_config
-from crosslora.models import load_format, resolve
-from crosslora.teacher.engine import Generation, Sampling, TransformersEngine
+from crosslora.config import Synthesis
+from crosslora.teacher.engine import Generation, Sampling
 from crosslora.teacher.seeds import MARKS, SAME_SHOTS, SHOTS, SeedPrompts
 from crosslora.text.templates import ChatFormat
 from crosslora.text.vocabulary import Vocabulary
@@ -73,14 +72,11 @@ def test_seeds_of_several_lines_stay_whole(mark: str) -> None:
 
 
 @pytest.mark.real
-def test_a_small_base_goes_on_with_the_list() -> None:
+def test_a_small_base_goes_on_with_the_list(demo_source: Any) -> None:
     """Most of what it writes ends, is one line, and is as short as what it was shown."""
-    config = load_config(Path(__file__).parent.parent.parent / "examples/snips/demo.yaml")
-    folder = resolve(config.source)
-    chat = load_format(folder, config.source)
-    engine = TransformersEngine(folder, config.adapters[0].path, dtype="float32", seed=0)
+    engine, words, chat, settings = demo_source
     seeds = ["play some jazz", "find me a cheap flight to Oslo", "how warm is it in Rome?", "wake me at six"]
-    prompts = SeedPrompts(engine, Vocabulary(chat.tokenizer), chat, config.synthesis, seeds).prompts(4, 0)
+    prompts = SeedPrompts(engine, words, chat, settings, seeds).prompts(4, 0)
     assert len(set(prompts)) >= 3
     assert all("\n" not in prompt and not prompt.startswith("-") for prompt in prompts)
     assert sorted(map(len, prompts))[1] < 100
