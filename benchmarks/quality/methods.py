@@ -37,6 +37,7 @@ ORACLE_RATES = (5e-4, 1e-3, 2e-3)
 ALIGNED = 200
 """Conversations whose activations are aligned."""
 LONG_FIT = {"steps": 1500, "batch_size": 4}
+"""Of the method of this name."""
 VALIDATION = 100
 """Training rows that only choose the oracle's learning rate."""
 
@@ -225,8 +226,9 @@ def _distilled(
     build: Callable[[Transfer, int], Any],
     *,
     cross_entropy: bool = False,
-    fit: Report | None = None,
+    fit: dict[str, int] | None = None,
 ) -> Report:
+    """`fit`: what differs from the cell's."""
     config = cell.config()
     crosslora.transfer(config, until="filter")
     config = config.model_copy(update={"fit": config.fit.model_copy(update=fit)})
