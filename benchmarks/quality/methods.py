@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from benchmarks.quality import closed
 from benchmarks.quality.answers import plain_prompts
 from benchmarks.quality.cells import BATCH, WORK, Cell, write_whole
 from benchmarks.quality.distil import PlainLora, distil
+from benchmarks.quality.gold import best_of
 from benchmarks.quality.tasks import Row
 from benchmarks.train_adapter import DTYPE, Recipe, conversations, mean_loss, save, train
 from benchmarks.whole_run import stage_minutes
@@ -245,6 +247,20 @@ def _distilled(
     }
 
 
+def gold(cell: Cell) -> Report:
+    """TRL's GOLD with the better of its two merges and the best of three learning rates."""
+    config = cell.config()
+    crosslora.transfer(config, until="filter")
+    best, tried = best_of(config, corpus_stages(cell), cell.folder.parent / f"gold-tried-{cell.random_seed}")
+    shutil.copytree(best, cell.folder, dirs_exist_ok=True)
+    return {
+        "steps": config.fit.steps,
+        "batch_size": config.fit.batch_size,
+        "tried": [asdict(one) for one in tried],
+        "verbatim": _verbatim(cell, RunFolder.open(config.run)),
+    }
+
+
 def untrained(cell: Cell) -> Report:
     """`random`, `crop` and `closed_form` as an evaluation makes them."""
     source_base, target = cell.bases
@@ -314,4 +330,5 @@ METHODS: dict[str, Callable[[Cell], Report]] = {
     "cross_lora_signs": cross_lora_signs,
     "procrustes": procrustes,
     "long_fit": long_fit,
+    "gold": gold,
 }

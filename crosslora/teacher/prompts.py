@@ -11,7 +11,6 @@ from crosslora.config import Prompts, Synthesis
 from crosslora.errors import UserError
 from crosslora.teacher.corpus import FILE
 from crosslora.teacher.engine import Engine
-from crosslora.teacher.general import GeneralPrompts
 from crosslora.teacher.seeds import SeedPrompts
 from crosslora.teacher.users_place import are_answers, written
 from crosslora.text.templates import ChatFormat
@@ -40,7 +39,7 @@ class SelfPrompts:
 
     def __init__(self, engine: Engine, words: Vocabulary, chat: ChatFormat, settings: Synthesis) -> None:
         self._engine, self._words, self._chat, self._settings = engine, words, chat, settings
-        self._general = GeneralPrompts(engine, words, chat, settings)
+        self._general = SeedPrompts(engine, words, chat, settings, [])
         self._known: bool | None = None
 
     def decide(self, known: bool | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from crosslora.progress import Meter, progress, say
 from crosslora.run_folder import Stage
 from crosslora.teacher.corpus import Sample, read_shard, shard_exists, write_shard
 from crosslora.teacher.engine import Engine, Generation, Sampling, TransformersEngine, VllmEngine
-from crosslora.teacher.general import EXAMPLES
 from crosslora.teacher.prompts import (
     GENERAL,
     SELF,
@@ -33,7 +32,7 @@ from crosslora.teacher.prompts import (
     counts,
     read_prompts,
 )
-from crosslora.teacher.seeds import SHOTS, listed, mark_between
+from crosslora.teacher.seeds import EXAMPLES, SHOTS, listed, mark_between
 from crosslora.text.templates import ChatFormat
 
 MOST_ENGINE_LOSSES = 3
@@ -147,11 +146,10 @@ def max_len(chat: ChatFormat, settings: Synthesis) -> int:
     around = len(chat.prompt_ids("a"))
     # what the teacher wrote may take more tokens when it is read again
     longest = 2 * settings.max_prompt_tokens + around
-    lists: list[Sequence[str]] = [EXAMPLES] if settings.prompts.self > 0 else []
-    if settings.prompts.seeds_file:
-        lists.append(read_prompts(settings.prompts.seeds_file, "seeds_file"))
-    for seeds in lists:
-        shown = sorted(seeds, key=lambda seed: len(chat.prompt_ids(seed)), reverse=True)[:SHOTS]
+    seeds_file = settings.prompts.seeds_file
+    if settings.prompts.self > 0 or seeds_file:
+        seeds = read_prompts(seeds_file, "seeds_file") if seeds_file else []
+        shown = sorted([*seeds, *EXAMPLES], key=lambda text: len(chat.prompt_ids(text)), reverse=True)[:SHOTS]
         text = listed(shown, mark_between(seeds))
         longest = max(longest, len(chat.tokenizer(text)["input_ids"]) + settings.max_prompt_tokens)
     if settings.prompts.prompts_file:
