@@ -1,7 +1,8 @@
 """GOLD of TRL, what a user would take for distillation between tokenizers: off-policy, on the corpus of the other methods.
 
-It computes the teacher's distribution itself and compares what both vocabularies spell alike, the rest by rank. Given to it
-are what its defaults would lose here: the teacher's own chat format in place of the student's, and the ends of the answers.
+Its alignment by bytes refuses tokenizers such as Gemma's. What is left then compares positions one by one, beside the
+cross-entropy on the teacher's text. Given to it are what its defaults would lose here: the teacher's own chat format in
+place of the student's, and the ends of the answers.
 """
 
 from __future__ import annotations
@@ -26,51 +27,41 @@ from crosslora.run_folder import RunFolder
 from crosslora.teacher.corpus import Sample, read_corpus
 from crosslora.training.loop import GRADIENT_NORM
 
-MERGES = ("observed", "bayesian")
-"""How it makes one distribution of several tokens."""
-RATES = (1e-3, 5e-4, 2e-3)
-"""The first with every merge, the others with the better one."""
+RATES = (5e-4, 1e-3, 2e-3)
 
 
 @dataclass(frozen=True)
 class Tried:
-    merge: str
     learning_rate: float
     minutes: float
     held_out_kl: float
     """KL(teacher || student) in nats per strict position, by which the best is chosen."""
 
+
 def best_of(config: Config, corpus: tuple[str, str], folder: Path) -> tuple[Path, list[Tried]]:
     """Folder of the adapter that comes closest to the teacher on held-out samples, and all that was tried."""
-    tried = [alone(_trained, config, corpus, folder, merge, RATES[0]) for merge in MERGES]
-    merge = min(tried, key=lambda one: one.held_out_kl).merge
-    tried += [alone(_trained, config, corpus, folder, merge, rate) for rate in RATES[1:]]
+    tried = [alone(_trained, config, corpus, folder / str(rate), rate) for rate in RATES]
     best = min(tried, key=lambda one: one.held_out_kl)
-    return _folder(folder, best.merge, best.learning_rate), tried
+    return folder / str(best.learning_rate), tried
 
 
-def _folder(folder: Path, merge: str, learning_rate: float) -> Path:
-    return folder / f"{merge}-{learning_rate}"
-
-
-def _trained(config: Config, corpus: tuple[str, str], folder: Path, merge: str, learning_rate: float) -> Tried:
+def _trained(config: Config, corpus: tuple[str, str], folder: Path, learning_rate: float) -> Tried:
     """One run of TRL's trainer; one that was made before is kept."""
-    own = _folder(folder, merge, learning_rate)
-    report = own / "tried.json"
+    report = folder / "tried.json"
     if not report.exists():
         train, held_out = read_corpus(RunFolder.open(config.run), *corpus)
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         started = time.monotonic()
-        trainer = _trainer(config, train, own, merge, learning_rate)
+        trainer = gold_trainer(config, train, folder, learning_rate)
         trainer.train()
         minutes = (time.monotonic() - started) / 60
-        save(trainer.model, config.target.base, own)
-        kl = teacher_kl(config, read_adapter(own).factors, held_out)
-        report.write_text(json.dumps(asdict(Tried(merge, learning_rate, minutes, kl))))
+        save(trainer.model, config.target.base, folder)
+        kl = teacher_kl(config, read_adapter(folder).factors, held_out)
+        report.write_text(json.dumps(asdict(Tried(learning_rate, minutes, kl))))
     return Tried(**json.loads(report.read_text()))
 
 
-def _trainer(config: Config, samples: list[Sample], folder: Path, merge: str, learning_rate: float) -> Any:
+def gold_trainer(config: Config, samples: list[Sample], folder: Path, learning_rate: float) -> Any:
     from datasets import Dataset
     from peft import LoraConfig, PeftModel
     from trl.experimental.gold import GOLDConfig, GOLDTrainer
@@ -90,8 +81,9 @@ def _trainer(config: Config, samples: list[Sample], folder: Path, merge: str, le
         max_length=fit.max_tokens,
         lmbda=0.0,  # off-policy
         use_uld_loss=True,
+        use_extended_uld=False,
         uld_use_hybrid_loss=True,
-        uld_token_merge_strategy=merge,
+        uld_crossentropy_weight=1.0,
         uld_skip_student_eos=False,
         uld_skip_teacher_eos=False,
         teacher_tokenizer_name_or_path=source,

@@ -248,7 +248,7 @@ def _distilled(
 
 
 def gold(cell: Cell) -> Report:
-    """TRL's GOLD with the better of its two merges and the best of three learning rates."""
+    """TRL's GOLD, as far as it takes Gemma's tokenizer, with the best of three learning rates."""
     config = cell.config()
     crosslora.transfer(config, until="filter")
     best, tried = best_of(config, corpus_stages(cell), cell.folder.parent / f"gold-tried-{cell.random_seed}")

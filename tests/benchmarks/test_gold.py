@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.quality.gold import MERGES, _trainer
+from benchmarks.quality.gold import gold_trainer
 from benchmarks.train_adapter import conversations, mean_loss, save
 from crosslora.adapter import read_adapter
 from crosslora.models import load_format, resolve
@@ -34,11 +34,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pair(tmp_path_factory.mktemp("pair"))
 
 
-@pytest.mark.parametrize("merge", MERGES)
-def test_the_student_comes_to_answer_as_the_teacher_does(pair: Path, tmp_path: Path, merge: str) -> None:
+def test_the_student_comes_to_answer_as_the_teacher_does(pair: Path, tmp_path: Path) -> None:
     config = tiny_config(pair, tmp_path / "run", steps=30)
     samples = [_sample(word, number) for word in WORDS for number in range(4)]
-    trainer = _trainer(config, samples, tmp_path, merge, 1e-2)
+    trainer = gold_trainer(config, samples, tmp_path, 1e-2)
     chat = load_format(resolve(config.target), config.target)
     replies = conversations([{"prompt": s.prompt, "completion": str(s.response)} for s in samples[::4]], chat)
     before = mean_loss(trainer.model, replies)
@@ -50,7 +49,7 @@ def test_the_student_comes_to_answer_as_the_teacher_does(pair: Path, tmp_path: P
 
 def test_the_teacher_is_asked_in_its_own_chat_format(pair: Path, tmp_path: Path) -> None:
     config = tiny_config(pair, tmp_path / "run")
-    trainer = _trainer(config, [_sample("river", 1)] * 8, tmp_path, MERGES[0], 1e-2)
+    trainer = gold_trainer(config, [_sample("river", 1)] * 8, tmp_path, 1e-2)
     chat = load_format(resolve(config.source), config.source)
     assert set(trainer.train_dataset["original_prompt_text"]) == {chat.prompt("Say river 1")}
     assert trainer.teacher_tokenizer.eos_token_id == chat.eos_id
