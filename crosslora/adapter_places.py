@@ -107,9 +107,11 @@ def common_source(runs: Sequence[str]) -> Base:
     """The source base of all runs; raises UserError where they differ, and for a place that is no run."""
     sources = [config_of_run(run).source for run in runs]
     if other := next((source for source in sources if source != sources[0]), None):
-        raise UserError(
-            f"the runs have different source bases ({sources[0].base}, {other.base}); serve them apart"
+        names = (sources[0].full_name, other.full_name)
+        what = (
+            f"source bases ({', '.join(names)})" if names[0] != names[1] else "chat templates of their source"
         )
+        raise UserError(f"the runs have different {what}; serve them apart")
     return sources[0]
 
 
@@ -151,6 +153,8 @@ def kept_source(run: RunFolder, name: str) -> RunFolder:
 def _folders(place: str) -> Iterator[tuple[str, RunFolder]]:
     """Names and folders: a PEFT folder itself, what a run has exported, or the PEFT folders in a folder."""
     folder = RunFolder.open(place.rstrip("/"))
+    if folder.local_root and folder.local_root.is_file():
+        return
     if folder.exists(CONFIG_FILE):
         yield os.path.basename(folder.root), folder
         return

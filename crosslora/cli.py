@@ -173,7 +173,7 @@ def evaluate(
     They are served here, or on the Ray cluster that RAY_ADDRESS names."""
     from crosslora.evaluation.harness import evaluate_run, show
 
-    names = re.split(r",(?![^(\[{]*[)\]}])", tasks)  # a comma in brackets belongs to a pattern
+    names = re.split(r",(?!(?:\\.|[^(\[{\\])*[)\]}])", tasks)  # a comma in brackets belongs to a pattern
     results = evaluate_run(run, [name.strip() for name in names], task_data, items, url)
     if as_json:
         _print_json(results)

@@ -166,7 +166,7 @@ def _check_pattern(pattern: str) -> None:
 class Task(_Section):
     """Prompt/completion JSON lines that every model answers."""
 
-    name: str
+    name: str = Field(min_length=1)
     path: Path
     metrics: list[str] = Field(["exact_match"], min_length=1)
     """exact_match, f1, json_slots, rouge_l, json_field:NAME or regex:PATTERN; the first is the headline."""
@@ -287,7 +287,10 @@ def parse_config(tree: dict[str, Any], folder: Path) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError("; ".join(_explain(problem) for problem in error.errors())) from None
-    return _resolve_paths(config, folder)
+    try:
+        return _resolve_paths(config, folder)
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home that is not there, a NUL
+        raise UserError(f"configuration: one of its paths is none ({error}); mend it") from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import socket
@@ -326,8 +327,8 @@ def free_port(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UserError(
-                f"port {port} on {host}: {error.strerror}; stop what listens there, or give another port "
-                "(0 picks a free one)"
-            ) from error
+            way_out = "stop what listens there, or give another port (0 picks a free one)"
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                way_out = "give an IPv4 address of this machine, or its name"
+            raise UserError(f"port {port} on {host}: {error.strerror}; {way_out}") from error
         return int(probe.getsockname()[1])

@@ -33,7 +33,7 @@ def said_in_a_sentence() -> Iterator[None]:
         if error.errno is None:  # pyarrow's, from an object store, or another client's of a network
             what = (str(error).splitlines() or [type(error).__name__])[0]
             _fail(f"run folder or network: {what}; check names, the network and your access")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             _fail(
                 f"{error.filename or 'a file'}: {error.strerror}; give a place that you may write to, or mend its permissions"
             )

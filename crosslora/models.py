@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -116,7 +116,9 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     try:
         # mistral-common, which vLLM brings, has another tokenizer class without chat templates
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, mistral_format=False)
-    except (OSError, ValueError) as error:
+    except (
+        Exception
+    ) as error:  # a tokenizer.json that is no JSON, such as a pointer of git lfs, raises no other class
         reason = str(error).splitlines()[0]
         raise UserError(
             f"base: the tokenizer in {folder} cannot be loaded ({reason}); save it there"
@@ -176,10 +178,15 @@ def embedding_rows(folder: str, ids: torch.Tensor) -> torch.Tensor:
 def embedding_place(folder: str) -> tuple[Path, str]:
     """File and name of the input embeddings; raises UserError where the folder holds no such safetensors file."""
     for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                if name.endswith(EMBEDDING_NAMES):
-                    return path, name
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                name = next((name for name in tensors.keys() if name.endswith(EMBEDDING_NAMES)), None)  # noqa: SIM118 - not a dict
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"base: {path} cannot be read ({error}); copy it again, whole (after `git clone`: git lfs pull)"
+            ) from error
+        if name is not None:
+            return path, name
     raise UserError(
         f"base: {folder} has no safetensors file with an embedding table; convert it with save_pretrained"
     )

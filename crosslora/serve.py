@@ -124,7 +124,7 @@ def models(settings: Settings) -> list[Model]:
         found = places.find(Path(temporary) / "found")
         base = Base(base=settings.base) if settings.base else common_base(found)
         named = None if settings.base else base
-        served = [_model(settings, base, base.name, places, found, named, found[0].format)]
+        served = [_model(settings, _absolute(base), base.name, places, found, named, found[0].format)]
         if settings.teacher:
             source = common_source(settings.places)
             places = Places(places.places, teachers=True)
@@ -137,6 +137,12 @@ def models(settings: Settings) -> list[Model]:
                     f"adapters: two models would be named {min(twice)!r}; rename the adapter's folder"
                 )
         return served
+
+
+def _absolute(base: Base) -> Base:
+    """An adapter may name its base by a path from here, and engines run in other folders."""
+    local = Path(base.base)
+    return base.model_copy(update={"base": str(local.absolute())}) if local.exists() else base
 
 
 def _model(
@@ -172,7 +178,9 @@ def write_config(settings: Settings, folder: Path, host: str, port: int) -> list
     """
     if not port:
         raise UserError("--port 0: a configuration needs a port that clients know; give one")
-    models(settings)
+    moved, *_ = models(settings)
+    if moved.rules.base not in (None, moved.base):  # a path from here
+        settings = settings.model_copy(update={"base": moved.base.base})
     written = {
         "serve.yaml": _serve_config(settings, host, port),
         "rayservice.yaml": ray_service(settings),

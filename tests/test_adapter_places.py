@@ -151,3 +151,9 @@ def test_what_does_not_belong_to_a_server_is_refused(base: Path, tmp_path: Path)
     ):
         with pytest.raises(UserError, match=reason):
             rules.check(mine)
+
+
+def test_a_file_is_no_place(run: Path, tmp_path: Path) -> None:
+    file = run / "export/first/adapter_model.safetensors"
+    with pytest.raises(UserError, match="holds no adapter"):
+        find_adapters([str(file)], tmp_path / "found")

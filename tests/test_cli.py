@@ -286,3 +286,5 @@ def test_a_comma_in_brackets_belongs_to_the_pattern(
     monkeypatch.setattr(harness, "evaluate_run", lambda run, names, *_: {"names": names})
     asked = said("evaluate", "run", "--tasks", "mmlu, check.jsonl:regex:(a,b)", "--json")
     assert json.loads(asked) == {"names": ["mmlu", "check.jsonl:regex:(a,b)"]}
+    asked = said("evaluate", "run", "--tasks", r"mmlu,check.jsonl:regex:\}\s*$", "--json")
+    assert json.loads(asked) == {"names": ["mmlu", r"check.jsonl:regex:\}\s*$"]}

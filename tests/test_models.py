@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 from crosslora.config import Base
 from crosslora.errors import UserError
 from crosslora.identity import base_identity
-from crosslora.models import base_digest, load_model, trainable_config
+from crosslora.models import base_digest, embedding_place, load_model, load_tokenizer, trainable_config
 from tests.tiny import tiny_llama
 
 
@@ -34,6 +34,15 @@ def test_every_tensor_counts(tmp_path: Path) -> None:
         assert base_digest(str(folder)) != before, name
     save_file(tensors, file, metadata={"format": "pt"})
     assert base_digest(str(folder)) == before
+
+
+def test_files_that_are_not_whole_are_named(tmp_path: Path) -> None:
+    """As `git clone` leaves them without git lfs."""
+    folder = tiny_llama(tmp_path)
+    for file, read in (("model.safetensors", embedding_place), ("tokenizer.json", load_tokenizer)):
+        (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        with pytest.raises(UserError, match=r"^base: .*cannot be (read|loaded)"):
+            read(str(folder))
 
 
 def test_scores_that_are_capped_are_not_left_to_a_kernel_without_the_cap(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from crosslora import endpoint
+from crosslora.config import Base
 from crosslora.errors import UserError
 from crosslora.serve import Settings, application, models, settings, write_config
 from tests.tiny import tiny_llama, tiny_lora
@@ -65,6 +66,21 @@ def test_places_are_absolute_and_names_differ(run: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="two models would be named 'tiny-teacher'"):
         models(Settings(places=[str(run)], teacher=True))
     shutil.rmtree(run / "export/tiny-teacher")
+
+
+def test_a_base_that_an_adapter_names_by_a_path_from_here_is_found_elsewhere(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent)
+    tiny_lora(tmp_path / "mine", run.parent / "target", 3)
+    file = tmp_path / "mine/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "target"}))
+    given = Settings(places=[str(tmp_path / "mine")])
+    (model,) = models(given)
+    assert (model.base.base, model.rules.base) == (str(run.parent / "target"), Base(base="target"))
+    written, _ = write_config(given, tmp_path / "new", "127.0.0.1", 8123)
+    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(written.read_text())).applications
+    assert application.args["base"] == str(run.parent / "target")
 
 
 def test_the_configuration_is_one_for_serve_and_for_kuberay(run: Path, tmp_path: Path) -> None:

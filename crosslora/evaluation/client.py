@@ -66,11 +66,20 @@ def served_models(url: str) -> dict[str, float]:
 
     async def run() -> dict[str, float]:
         async with connect(url) as client:
-            models = [model async for model in client.with_options(max_retries=0).models.list()]
-            lengths = [(model.model_extra or {}).get("max_model_len") for model in models]
-            return {model.id: length or float("inf") for model, length in zip(models, lengths, strict=True)}
+            models = {
+                model.id: model.model_extra or {}
+                async for model in client.with_options(max_retries=0).models.list()
+            }
+            # vLLM says the length of a base alone, and the base of an adapter
+            bases = {name: models.get(said.get("parent"), said) for name, said in models.items()}
+            return {name: said.get("max_model_len") or float("inf") for name, said in bases.items()}
 
-    return asked(url, run())
+    try:
+        return asked(url, run())
+    except AttributeError as error:  # the client takes a web page for the list
+        raise UserError(
+            f"{url}: answers with something else than a list of models; its address ends in /v1"
+        ) from error
 
 
 def connect(url: str) -> AsyncOpenAI:

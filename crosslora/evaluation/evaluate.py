@@ -61,7 +61,7 @@ def evaluate(
         folders = adapter_folders(config, adapter, pair, student, Path(temporary))
         teacher = {TEACHER: folders.pop(TEACHER)}
         asked = _ask(config, config.source, SOURCE_BASE, teacher, pair.teacher, tasks, [TEACHER], stage)
-        tasks = _with_teacher_references(config, pair.student, tasks, _answers(asked))
+        tasks, asked = _with_teacher_references(config, pair.student, tasks, asked)
         models = [TARGET_BASE, *folders]
         asked |= _ask(config, config.target, TARGET_BASE, folders, pair.student, tasks, models, stage)
     results = collect(decided(config), tasks, _answers(asked), _nats(asked), held_out_kl)
@@ -102,21 +102,36 @@ def _tasks(config: Config, folder: RunFolder, corpus: tuple[str, str]) -> list[t
 
 
 def _with_teacher_references(
-    config: Config, chat: ChatFormat, tasks: list[tuple[Task, list[Item]]], answers: Answers
-) -> list[tuple[Task, list[Item]]]:
-    """Held-out prompts have no label: agreement with the teacher's own greedy answer is what is scored."""
-    context = _context(config.target)
+    config: Config, chat: ChatFormat, tasks: list[tuple[Task, list[Item]]], asked: Asked
+) -> tuple[list[tuple[Task, list[Item]]], Asked]:
+    """Held-out prompts have no label: agreement with the teacher's own greedy answer is what is scored.
 
-    def referenced(task: Task, items: list[Item]) -> tuple[Task, list[Item]]:
+    Those that it did not end, and those that are too long for the target, are left out, with its answers to them.
+    """
+    context = _context(config.target) - ROOM
+
+    def fits(item: Item) -> bool:
+        return len(chat.prompt_ids(item.prompt)) + len(chat.answer_ids(item.reference)) <= context
+
+    others = [(task, items) for task, items in tasks if task.name != HELD_OUT]
+    for task, items in tasks:
         if task.name != HELD_OUT:
-            return task, items
-        given = zip(items, answers[TEACHER][HELD_OUT], strict=True)
-        referred = [Item(item.prompt, answer.text) for item, answer in given]
-        wanted = answer_tokens(task.model_copy(update={"max_tokens": None}), referred, chat)
-        room = context - ROOM - max(len(chat.prompt_ids(item.prompt)) for item in referred)
-        return task.model_copy(update={"max_tokens": max(min(wanted, room), 1)}), referred
-
-    return [referenced(task, items) for task, items in tasks]
+            continue
+        given = asked[TEACHER]["answers"][HELD_OUT]
+        referred = [Item(item.prompt, said["text"]) for item, said in zip(items, given, strict=True)]
+        kept = [i for i, item in enumerate(referred) if given[i]["ended"] and fits(item)]
+        answers = asked[TEACHER]["answers"] | {HELD_OUT: [given[i] for i in kept]}
+        asked = asked | {TEACHER: asked[TEACHER] | {"answers": answers}}
+        if referred := [referred[i] for i in kept]:
+            wanted = answer_tokens(task.model_copy(update={"max_tokens": None}), referred, chat)
+            room = context - max(len(chat.prompt_ids(item.prompt)) for item in referred)
+            others.append((task.model_copy(update={"max_tokens": max(min(wanted, room), 1)}), referred))
+    if not others:
+        raise UserError(
+            "evaluation.held_out_items: the teacher ended no answer to a held-out prompt that the target has room for; "
+            "give evaluation.tasks"
+        )
+    return others, asked
 
 
 def adapter_folders(

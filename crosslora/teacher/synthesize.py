@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -37,6 +37,8 @@ from crosslora.text.templates import ChatFormat
 
 MOST_ENGINE_LOSSES = 3
 """In a row, without a shard between them."""
+LOST = (RayActorError, RayTaskError, ObjectLostError, OutOfMemoryError)
+"""What comes of an engine that was lost; the last where Ray stopped it before its node ran out of memory."""
 SPARE = 8
 """Tokens that an engine has beyond the longest text; to score a text it takes one."""
 
@@ -302,12 +304,11 @@ class _Foreman:
         actor = self.starting.pop(reference)
         try:
             are_answers = ray.get(reference)
-        except (RayActorError, RayTaskError) as error:
+        except LOST as error:
             _refuse(error)
             if self.started is None:
-                cause = str(error).strip().splitlines()[-1].strip()[:300]
                 raise UserError(
-                    f"synthesize: the teacher's engine did not start ({cause}); mend that, or use "
+                    f"synthesize: the teacher's engine did not start ({_cause(error)}); mend that, or use "
                     "synthesis.engine: transformers, up to --until export, where vLLM cannot run the source base"
                 ) from error
             self._replace(actor, "while it started", error)
@@ -342,7 +343,7 @@ class _Foreman:
         try:
             samples = ray.get(reference)
         # the actor, the node that held what it brought, or vLLM in it: a GPU's memory, one of several workers
-        except (RayActorError, ObjectLostError, RayTaskError) as error:
+        except LOST as error:
             _refuse(error)
             meter.advance(-answered)
             self.pending.appendleft(index)
@@ -364,7 +365,7 @@ class _Foreman:
         if self.losses > MOST_ENGINE_LOSSES:
             raise UserError(
                 f"synthesize: teacher engines died {self.losses} times in a row, last {when} "
-                f"({str(error).strip().splitlines()[-1].strip()[:300]}); look for too little memory, lower synthesis.shard_size"
+                f"({_cause(error)}); look for too little memory, lower synthesis.shard_size"
             ) from error
         self._start()
 
@@ -373,6 +374,12 @@ def _refuse(error: Exception) -> None:
     """Raise what an engine says that the user can mend; as Ray hands it over, it shows the engine's traceback."""
     if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
         raise error.cause from None
+
+
+def _cause(error: Exception) -> str:
+    """Its line that says what happened: the last of a traceback, the first of Ray's advice on memory."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0 if isinstance(error, OutOfMemoryError) else -1].strip()[:300]
 
 
 def _num_shards(settings: Synthesis) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfMemoryError, RayTaskError
 from safetensors.torch import load_file, save_file
 
 from crosslora import cluster
@@ -55,6 +55,16 @@ def test_what_the_user_can_mend_is_said_without_the_engines_traceback() -> None:
     with pytest.raises(UserError, match=r"^mend it$"):
         synthesis._refuse(error)
     synthesis._refuse(RayTaskError("shard", trace, ValueError("no")).as_instanceof_cause())
+
+
+def test_an_engine_that_ray_stops_for_its_nodes_memory_is_lost_like_others() -> None:
+    error = OutOfMemoryError("Memory on the node was 30 GB of 31.\nTo disable this, set a variable.")
+    assert isinstance(error, synthesis.LOST)
+    assert synthesis._cause(error) == "Memory on the node was 30 GB of 31."
+    assert (
+        synthesis._cause(RayTaskError("shard", "Traceback:\n  ...\nValueError: no", ValueError()))
+        == "ValueError: no"
+    )
 
 
 def test_a_prompt_with_its_answer_must_fit_into_the_context_of_the_source(tmp_path: Path) -> None:
