@@ -32,7 +32,10 @@ from crosslora.text.pair import TokenizerPair
 from crosslora.training.batches import build_examples
 from crosslora.training.checkpoint import LEARNED, START, load
 from crosslora.training.rate import relative_rate
+from crosslora.training.record import mend_record
 
+TRAIN = "train"
+"""Folder of what Ray Train keeps, in that of the fit."""
 SECONDS_BETWEEN_POLLS = 1.0
 SECONDS_BETWEEN_CHECKS = "0.2"
 """How often Ray Train asks its workers for news; every checkpoint waits for it."""
@@ -53,6 +56,7 @@ def fit(config: Config, adapter: Path, corpus: tuple[str, str], stage: Stage) ->
             "board": board,
         }
         start = None if _is_readable(stage, job["start"]) else _start(config, adapter)
+        mend_record(stage.folder.sub(f"{stage.name}/{TRAIN}/{_experiment(stage)}"))
         trainer = _trainer(config, stage, job)
         if start is not None:  # written when nothing is refused any more
             stage.folder.write_bytes(job["start"], start)
@@ -160,11 +164,15 @@ def check_corpus(config: Config, stage: Stage, corpus: tuple[str, str]) -> float
     return reach
 
 
+def _experiment(stage: Stage) -> str:
+    """Ray Train resumes whatever has the same name and place: of other inputs it is another."""
+    return stage.digest[:16]
+
+
 def _run_config(config: Config, stage: Stage, cpus: int, accelerator: str) -> RunConfig:
-    """The name is the inputs' digest: Ray Train resumes whatever has the same name and place."""
     return RunConfig(
-        name=stage.digest[:16],
-        storage_path=stage.folder.path(f"{stage.name}/train"),
+        name=_experiment(stage),
+        storage_path=stage.folder.path(f"{stage.name}/{TRAIN}"),
         storage_filesystem=stage.folder.filesystem,
         failure_config=FailureConfig(max_failures=config.fit.max_failures),
         checkpoint_config=CheckpointConfig(num_to_keep=2),

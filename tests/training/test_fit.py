@@ -16,6 +16,7 @@ from crosslora.config import Config
 from crosslora.errors import UserError
 from crosslora.run_folder import RunFolder
 from crosslora.training.fit import fit
+from crosslora.training.record import RECORD
 from tests.checkpoints import check_last_checkpoint
 from tests.interrupted import events
 from tests.tiny_pair import make_pair, tiny_config
@@ -100,6 +101,17 @@ def test_a_killed_worker_resumes_with_the_same_losses(
     disturbed = _fit(_long(pair, run), run, "fit/disturbed", kill_after=15)
     assert any(event["event"] == "resumed" for event in disturbed)
     assert _losses(disturbed) == pytest.approx(_losses(undisturbed), abs=1e-6)
+
+
+def test_a_fit_goes_on_where_rays_record_was_cut_short(pair: Path, run: Path) -> None:
+    name, config = "fit/cut short", _long(pair, run, max_failures=0)
+    with pytest.raises(UserError, match="the workers failed 1 times"):
+        _fit(config, run, name, kill_after=15)
+    (record,) = (run / name).glob(f"train/*/{RECORD}")
+    record.write_bytes(record.read_bytes()[:100])
+    told = _fit(config, run, name)
+    assert [event["step"] for event in told if event["event"] == "resumed"] == [10]
+    assert sorted(_losses(told)) == list(range(1, 61))
 
 
 @pytest.mark.parametrize(("first", "then"), [((2, 3), (1, 1)), ((1, 1), (2, 3))])
