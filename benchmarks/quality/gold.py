@@ -97,7 +97,7 @@ def gold_trainer(config: Config, samples: list[Sample], folder: Path, learning_r
     )
     rank = read_settings(adapter.path).r
     rows = [{"prompt": students.prompt(s.prompt), "completion": s.response} for s in samples]
-    trainer = GOLDTrainer(
+    trainer: Any = GOLDTrainer(
         model=load_model(target, DTYPE),
         teacher_model=PeftModel.from_pretrained(load_model(source, DTYPE), adapter.path),
         args=settings,

@@ -71,7 +71,7 @@ def served_models(url: str) -> dict[str, float]:
                 async for model in client.with_options(max_retries=0).models.list()
             }
             # vLLM says the length of a base alone, and the base of an adapter
-            bases = {name: models.get(said.get("parent"), said) for name, said in models.items()}
+            bases = {name: models.get(str(said.get("parent")), said) for name, said in models.items()}
             return {name: said.get("max_model_len") or float("inf") for name, said in bases.items()}
 
     try:

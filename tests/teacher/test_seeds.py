@@ -119,8 +119,9 @@ def test_the_same_prompt_is_used_once() -> None:
 @pytest.mark.real
 def test_a_small_base_goes_on_with_the_list(demo_source: Any) -> None:
     """Most of what it writes is as short as what it was shown."""
+    engine, words, chat, settings = demo_source
     seeds = ["play some jazz", "find me a cheap flight to Oslo", "how warm is it in Rome?", "wake me at six"]
-    prompts = SeedPrompts(*demo_source, seeds).prompts(4, 0)
+    prompts = SeedPrompts(engine, words, chat, settings, seeds).prompts(4, 0)
     assert 3 <= len(set(prompts)) == len(prompts) <= 4
     assert all("\n" not in prompt and not prompt.startswith("-") for prompt in prompts)
     assert sorted(map(len, prompts))[1] < 100
