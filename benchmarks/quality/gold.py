@@ -7,16 +7,13 @@ place of the student's, and the ends of the answers.
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.alone import alone
 from benchmarks.quality.distil import teacher_kl
 from benchmarks.train_adapter import DTYPE, WARM_UP, save
 from crosslora.adapter import read_adapter
@@ -27,38 +24,21 @@ from crosslora.run_folder import RunFolder
 from crosslora.teacher.corpus import Sample, read_corpus
 from crosslora.training.loop import GRADIENT_NORM
 
-RATES = (5e-4, 1e-3, 2e-3)
+RATE = 1e-3
+"""The best of three for the oracle, in three of four cells."""
 
 
-@dataclass(frozen=True)
-class Tried:
-    learning_rate: float
-    minutes: float
-    held_out_kl: float
-    """KL(teacher || student) in nats per strict position, by which the best is chosen."""
-
-
-def best_of(config: Config, corpus: tuple[str, str], folder: Path) -> tuple[Path, list[Tried]]:
-    """Folder of the adapter that comes closest to the teacher on held-out samples, and all that was tried."""
-    tried = [alone(_trained, config, corpus, folder / str(rate), rate) for rate in RATES]
-    best = min(tried, key=lambda one: one.held_out_kl)
-    return folder / str(best.learning_rate), tried
-
-
-def _trained(config: Config, corpus: tuple[str, str], folder: Path, learning_rate: float) -> Tried:
-    """One run of TRL's trainer; one that was made before is kept."""
-    report = folder / "tried.json"
-    if not report.exists():
-        train, held_out = read_corpus(RunFolder.open(config.run), *corpus)
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        started = time.monotonic()
-        trainer = gold_trainer(config, train, folder, learning_rate)
-        trainer.train()
-        minutes = (time.monotonic() - started) / 60
-        save(trainer.model, config.target.base, folder)
-        kl = teacher_kl(config, read_adapter(folder).factors, held_out)
-        report.write_text(json.dumps(asdict(Tried(learning_rate, minutes, kl))))
-    return Tried(**json.loads(report.read_text()))
+def gold(config: Config, corpus: tuple[str, str], folder: Path) -> dict[str, Any]:
+    """Train with TRL and save the adapter; returns minutes and KL(teacher || student) on the held-out samples, nats per
+    strict position."""
+    train, held_out = read_corpus(RunFolder.open(config.run), *corpus)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    started = time.monotonic()
+    trainer = gold_trainer(config, train, folder, RATE)
+    trainer.train()
+    minutes = (time.monotonic() - started) / 60
+    save(trainer.model, config.target.base, folder)
+    return {"minutes": minutes, "held_out_kl": teacher_kl(config, read_adapter(folder).factors, held_out)}
 
 
 def gold_trainer(config: Config, samples: list[Sample], folder: Path, learning_rate: float) -> Any:

@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ import torch
 import crosslora
 from benchmarks.alone import alone
 from benchmarks.quality import closed
+from benchmarks.quality import gold as trl
 from benchmarks.quality.answers import plain_prompts
 from benchmarks.quality.cells import BATCH, WORK, Cell, write_whole
 from benchmarks.quality.distil import PlainLora, distil
-from benchmarks.quality.gold import best_of
 from benchmarks.quality.tasks import Row
 from benchmarks.train_adapter import DTYPE, Recipe, conversations, mean_loss, save, train
 from benchmarks.whole_run import stage_minutes
@@ -248,15 +247,13 @@ def _distilled(
 
 
 def gold(cell: Cell) -> Report:
-    """TRL's GOLD, as far as it takes Gemma's tokenizer, with the best of three learning rates."""
+    """TRL's GOLD, as far as it takes Gemma's tokenizer."""
     config = cell.config()
     crosslora.transfer(config, until="filter")
-    best, tried = best_of(config, corpus_stages(cell), cell.folder.parent / f"gold-tried-{cell.random_seed}")
-    shutil.copytree(best, cell.folder, dirs_exist_ok=True)
     return {
+        **alone(trl.gold, config, corpus_stages(cell), cell.folder),
         "steps": config.fit.steps,
         "batch_size": config.fit.batch_size,
-        "tried": [asdict(one) for one in tried],
         "verbatim": _verbatim(cell, RunFolder.open(config.run)),
     }
 
