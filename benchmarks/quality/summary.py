@@ -155,6 +155,7 @@ def _chart(rows: list[dict[str, Any]]) -> None:
     methods = [method for method in METHODS if any(row["method"] == method for row in known)]
     of_group = [[m for m in methods if any(_is_of(row, group, m) for row in known)] for group in groups]
     width = 0.8 / max(map(len, of_group))
+    colours = pyplot.get_cmap("tab20").colors
     figure, axes = pyplot.subplots(figsize=(2 + 2 * len(groups), 4), layout="constrained")
     for method in methods:
         own = [row for row in known if row["method"] == method]
@@ -164,7 +165,8 @@ def _chart(rows: list[dict[str, Any]]) -> None:
         values = [row["rho"]["value"] for row in own]
         low, high = zip(*(row["rho"]["interval"] for row in own), strict=True)
         errors = [np.subtract(values, low).clip(0), np.subtract(high, values).clip(0)]
-        bars = axes.bar(at, values, width, yerr=errors, label=method)
+        colour = colours[list(METHODS).index(method)]
+        bars = axes.bar(at, values, width, yerr=errors, label=method, color=colour)
         axes.bar_label(bars, fmt="%.2f", fontsize="x-small", padding=2)  # a bar of 0 cannot be seen
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set_xticks(range(len(groups)), ["\n".join(group) for group in groups])
