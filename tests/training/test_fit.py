@@ -110,7 +110,8 @@ def test_a_fit_goes_on_where_rays_record_was_cut_short(pair: Path, run: Path) ->
     (record,) = (run / name).glob(f"train/*/{RECORD}")
     record.write_bytes(record.read_bytes()[:100])
     told = _fit(config, run, name)
-    assert [event["step"] for event in told if event["event"] == "resumed"] == [10]
+    (resumed,) = [event["step"] for event in told if event["event"] == "resumed"]
+    assert resumed in range(10, 60, 10)
     assert sorted(_losses(told)) == list(range(1, 61))
 
 
