@@ -287,10 +287,7 @@ def parse_config(tree: dict[str, Any], folder: Path) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError("; ".join(_explain(problem) for problem in error.errors())) from None
-    try:
-        return _resolve_paths(config, folder)
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home that is not there, a NUL
-        raise UserError(f"configuration: one of its paths is none ({error}); mend it") from error
+    return _resolve_paths(config, folder)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -344,12 +341,22 @@ def _section_of(annotation: Any) -> Any:
     return arguments[0] if arguments else annotation
 
 
+def _below(folder: Path, given: Path | str) -> Path:
+    """What is given as a path, from the folder; raises UserError where it cannot be one."""
+    try:
+        place = folder / Path(given).expanduser()
+        place.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home that is not there
+        raise UserError(f"configuration: {str(given)[:60]!r} is no path ({error}); mend it") from error
+    return place
+
+
 def _resolve_paths(config: Config, folder: Path) -> Config:
     def path(value: Path | None) -> Path | None:
-        return None if value is None else (folder / value.expanduser()).resolve()
+        return None if value is None else _below(folder, value).resolve()
 
     def base(section: Base) -> Base:
-        local = folder / Path(section.base).expanduser()
+        local = _below(folder, section.base)
         return section.model_copy(
             update={
                 "base": str(local.resolve()) if local.exists() else section.base,
@@ -363,7 +370,7 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
     )
     tasks = [task.model_copy(update={"path": path(task.path)}) for task in config.evaluation.tasks]
     adapters = [adapter.model_copy(update={"path": path(adapter.path)}) for adapter in config.adapters]
-    run = config.run if "://" in config.run else str((folder / Path(config.run).expanduser()).resolve())
+    run = config.run if "://" in config.run else str(_below(folder, config.run).resolve())
     return config.model_copy(
         update={
             "run": run,
@@ -380,8 +387,8 @@ def _template_text(template: str | None, folder: Path) -> str | None:
     if template is None or "{" in template:
         return template
     try:
-        return (folder / Path(template).expanduser()).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return _below(folder, template).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # no such file, no text, no name of a file
         raise UserError(
             f"chat_template: {template!r} is neither Jinja text nor a readable file ({error}); "
             "give one of the two"

@@ -116,9 +116,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     try:
         # mistral-common, which vLLM brings, has another tokenizer class without chat templates
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, mistral_format=False)
-    except (
-        Exception
-    ) as error:  # a tokenizer.json that is no JSON, such as a pointer of git lfs, raises no other class
+    # a tokenizer.json that is no JSON, such as a pointer of git lfs, raises no class of its own
+    except Exception as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"base: the tokenizer in {folder} cannot be loaded ({reason}); save it there"

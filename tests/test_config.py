@@ -48,9 +48,9 @@ def test_uris_are_left_alone(tmp_path: Path) -> None:
         ({"evaluation": {"tasks": [{"name": "t", "path": "p", "metrics": ["bleu"]}]}}, "'bleu' is none of"),
         ({"source": {"base": "x", "chat_template": "missing.jinja"}}, "chat_template"),
         ({"evaluation": {"tasks": [{"name": "", "path": "p"}]}}, r"evaluation\.tasks\.0\.name"),
-        ({"run": "~nobody-of-this-name/run"}, "one of its paths"),
-        ({"source": {"base": "x" * 300}}, "one of its paths"),
-        ({"source": {"base": "x", "chat_template": "a\0b"}}, "one of its paths"),
+        ({"run": "~nobody-of-this-name/run"}, "configuration: '~nobody-of-this-name/run' is no path"),
+        ({"source": {"base": "x" * 300}}, "configuration: 'x{60}' is no path"),
+        ({"source": {"base": "x", "chat_template": "a\0b"}}, "chat_template: .* is neither"),
     ],
 )
 def test_mistakes(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -113,10 +113,8 @@ def _with_teacher_references(
     def fits(item: Item) -> bool:
         return len(chat.prompt_ids(item.prompt)) + len(chat.answer_ids(item.reference)) <= context
 
-    others = [(task, items) for task, items in tasks if task.name != HELD_OUT]
-    for task, items in tasks:
-        if task.name != HELD_OUT:
-            continue
+    labelled = [(task, items) for task, items in tasks if task.name != HELD_OUT]
+    for task, items in tasks[len(labelled) :]:  # the held-out prompts stand at the end
         given = asked[TEACHER]["answers"][HELD_OUT]
         referred = [Item(item.prompt, said["text"]) for item, said in zip(items, given, strict=True)]
         kept = [i for i, item in enumerate(referred) if given[i]["ended"] and fits(item)]
@@ -125,13 +123,13 @@ def _with_teacher_references(
         if referred := [referred[i] for i in kept]:
             wanted = answer_tokens(task.model_copy(update={"max_tokens": None}), referred, chat)
             room = context - max(len(chat.prompt_ids(item.prompt)) for item in referred)
-            others.append((task.model_copy(update={"max_tokens": max(min(wanted, room), 1)}), referred))
-    if not others:
+            labelled.append((task.model_copy(update={"max_tokens": max(min(wanted, room), 1)}), referred))
+    if not labelled:
         raise UserError(
             "evaluation.held_out_items: the teacher ended no answer to a held-out prompt that the target has room for; "
             "give evaluation.tasks"
         )
-    return others, asked
+    return labelled, asked
 
 
 def adapter_folders(

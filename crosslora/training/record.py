@@ -1,4 +1,7 @@
-"""Ray Train's record of a fit's checkpoints. It is written in place: a crash or a full disk may cut it short, and Ray then refuses to start."""
+"""Ray Train's record of a fit's checkpoints.
+
+Ray writes it in place: a crash or a full disk may cut it short, and Ray then refuses to start.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from trl.experimental.utils import encode_with_byte_offsets
 
 from benchmarks.quality.gold import gold_trainer
 from benchmarks.train_adapter import conversations, mean_loss, save
@@ -45,6 +46,14 @@ def test_the_student_comes_to_answer_as_the_teacher_does(pair: Path, tmp_path: P
     assert mean_loss(trainer.model, replies) < before - 0.5
     save(trainer.model, config.target.base, tmp_path / "adapter")
     assert read_adapter(tmp_path / "adapter").factors
+
+
+def test_its_alignment_by_bytes_refuses_such_a_target(pair: Path, tmp_path: Path) -> None:
+    """Why the benchmark leaves it out: once TRL takes these tokenizers, it should not."""
+    config = tiny_config(pair, tmp_path / "run")
+    tokenizer = load_format(resolve(config.target), config.target).tokenizer
+    with pytest.raises(NotImplementedError, match="ByteLevel"):
+        encode_with_byte_offsets(tokenizer.backend_tokenizer, ["play some jazz"])
 
 
 def test_the_teacher_is_asked_in_its_own_chat_format(pair: Path, tmp_path: Path) -> None:
