@@ -11,6 +11,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from crosslora import endpoint
+from crosslora.adapter_places import common_source
 from crosslora.config import Base
 from crosslora.errors import UserError
 from crosslora.serve import Settings, application, models, settings, write_config
@@ -131,3 +132,23 @@ def test_replicas_may_start_again_and_again() -> None:
             last.settimeout(0.2)
             with pytest.raises(TimeoutError):
                 last.recv(1)
+
+
+def test_the_way_out_fits_what_is_wrong_with_an_address() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match="stop what listens there"):
+            endpoint.free_port("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(UserError, match="an IPv4 address of this machine"):
+        endpoint.free_port("203.0.113.1", 0)  # of documentation (RFC 5737)
+
+
+def test_runs_of_one_source_with_two_chat_templates_are_told_apart(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    config = json.loads((other / "run.json").read_text())
+    config["config"]["source"]["chat_template"] = "{{ messages }}"
+    (other / "run.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="different chat templates of their source"):
+        common_source([str(run), str(other)])
